@@ -1,0 +1,35 @@
+"""pyguide: guided diffusion sampling with one kernel between two model calls.
+
+    path = pyguide.schedules.scaled_linear().path(30)
+    plan = pyguide.compile("dpmpp_2m", path, prediction="epsilon")
+    sampler = pyguide.Sampler(model, plan, pyguide.CFG(5.0))
+    images = sampler(pyguide.randn(0, (4, 4, 64, 64), like=torch.empty(0)), cond={...}, uncond={...})
+"""
+
+from . import models, schedules, solvers
+from .compiler import CertificateError, TraceError, compile
+from .guidance import CFG, Guidance
+from .noise import randn
+from .path import Level, NoisePath
+from .plan import Plan
+from .run import Event
+from .sampler import Sampler
+from .version import __version__
+
+__all__ = [
+    "CFG",
+    "CertificateError",
+    "Event",
+    "Guidance",
+    "Level",
+    "NoisePath",
+    "Plan",
+    "Sampler",
+    "TraceError",
+    "__version__",
+    "compile",
+    "models",
+    "randn",
+    "schedules",
+    "solvers",
+]
