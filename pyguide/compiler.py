@@ -1,0 +1,197 @@
+"""solver x path x prediction -> Plan: trace, realise, convert, and certify before anything is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import reference
+from .layout import Row, Weights, join_row
+from .path import Floats, Level, NoisePath
+from .plan import Plan
+from .prediction import check_prediction, conversion
+from .realize import Realization, realize
+from .solvers.registry import ArrayModel, Solver, check_options, clip_bounds, resolve
+from .trace import Trace, TraceError, trace
+
+MAGNITUDES = (1e-2, 1.0, 1e2)  # of the replayed states: a clamp or a branch on values shows at one of them
+LIMIT = 1e-9  # of both certificates
+
+
+def compile(
+    solver: str | Solver,
+    path: NoisePath,
+    *,
+    prediction: str = "epsilon",
+    clip: float | tuple[float, float] | None = None,
+    editable: bool = False,
+    **options: Any,
+) -> Plan:
+    """Compile a sampler into a table that one kernel can run.
+
+    solver: a name from `solvers.names()`, a solver function, or a k-diffusion function f(model, x, sigmas, ...).
+    path: the grid, from `Schedule.path`.
+    prediction: what the network predicts: epsilon, v, sample, flow, edm or score.
+    clip: bound of the predicted clean sample, a number or (low, high).
+    editable: keep the plan exact when the caller changes x between rows (`blend`), as the solver run with arrays would be
+        if its input to the model were changed in place.
+    options: the solver's own.
+
+    Raises ValueError or TypeError naming the argument, TraceError (a TypeError) naming the row for a solver that is not linear
+    in its states, and CertificateError if the table does not reproduce the solver.
+    """
+    if not isinstance(path, NoisePath):
+        raise TypeError(f"path: expected a NoisePath from Schedule.path(...), got {type(path).__name__}")
+    check_prediction(prediction)
+    low, high = clip_bounds(clip)
+    function = resolve(solver)
+    check_options(function, options)
+    record = trace(function, path, clipped=clip is not None, editable=editable, **options)
+    rows = realize(record, path.init_scale)
+    if not rows.residual <= LIMIT:
+        raise CertificateError(f"the rows miss the solver's linear forms by {rows.residual:.1e} (limit {LIMIT:.0e})")
+    table = _table(record, rows, prediction, (low, high))
+    end = path.level(path.steps)
+    plan = Plan(
+        table=table,
+        timestep=np.array([level.timestep for level in record.levels]),
+        sigma=np.array([level.sigma for level in record.levels]),
+        alpha=np.array([level.alpha for level in record.levels]),
+        step=_steps(record.levels, path),
+        end=(end.alpha, end.sigma),
+        slots=rows.T.shape[1],
+        steps=path.steps,
+        residual=rows.residual,
+        replay_error=0.0,
+        solver=solver if isinstance(solver, str) else getattr(function, "__name__", "function"),
+        prediction=prediction,
+        editable=editable,
+        init_scale=path.init_scale,
+        train_steps=path.schedule.train_steps,
+        names=tuple(tuple(names) for names in rows.names),
+    )
+    error = _replay(plan, rows, function, path, (low, high), options)
+    if not error <= LIMIT:
+        raise CertificateError(
+            f"{plan.solver}: the table and the solver run in float64 differ by {error:.1e} (limit {LIMIT:.0e}); the solver has "
+            "a step that depends on values, or a clamp that the trace cannot see"
+        )
+    object.__setattr__(plan, "replay_error", error)
+    return plan
+
+
+class CertificateError(ArithmeticError):
+    """A compiled table does not reproduce its solver; nothing is returned in that case."""
+
+
+def _table(record: Trace, rows: Realization, prediction: str, clip: tuple[float, float]) -> Floats:
+    """Rows in terms of the model's output: D = clip(a_x x + a_g G), and E = e_x x + e_g U folded into T and e."""
+    sigma_data = record.path.schedule.sigma_data
+    maps = []
+    for i, level in enumerate(record.levels):
+        try:
+            maps.append(conversion(prediction, level, sigma_data))
+        except ValueError as error:
+            raise ValueError(f"{error} (row {i})") from None
+    R = len(maps)
+    table = []
+    for i in range(R + 1):
+        T, e, d = rows.T[i].copy(), rows.e[i].copy(), rows.d[i]
+        a_x = a_g = c_in = timestep = 0.0
+        if i:
+            before = maps[i - 1]
+            a_x, a_g = before.a_x, before.a_m
+            T[:, 0] += e * before.e_x
+            e *= before.e_m
+        if i < R:
+            c_in, timestep = maps[i].c_in, record.levels[i].timestep
+        low, high = clip if i and d.any() else (-np.inf, np.inf)
+        zeros = [0.0] * len(d)
+        table.append(
+            join_row(
+                Row(a_x, a_g, low, high, c_in, timestep, 0.0, 0.0, T.tolist(), d.tolist(), e.tolist(), rows.n[i].tolist(), zeros)
+            )
+        )
+    out = np.array(table)
+    for i, row in enumerate(out):
+        if not np.isfinite(np.delete(row, [2, 3])).all():
+            raise CertificateError(f"row {i}: a coefficient is not finite: {row}")
+    return out
+
+
+def _steps(levels: list[Level], path: NoisePath) -> np.ndarray:
+    """The solver step of each evaluation.
+
+    An evaluation inside [lam_i, lam_(i+1)) belongs to step i, unless the next one starts at the same or a noisier level: then it
+    closed the step before it (the second evaluation of Heun's method).
+    """
+    step = []
+    for k, level in enumerate(levels):
+        closing = k + 1 < len(levels) and levels[k + 1].lam <= level.lam
+        if step and k and levels[k].lam <= levels[k - 1].lam:
+            step.append(step[-1] + 1)  # it opens one at the level where the last one was closed, or above (churn)
+        elif closing and step:
+            step.append(step[-1])
+        else:
+            step.append(max(0, int(np.searchsorted(path.lam, level.lam, side="right")) - 1))
+    return np.clip(np.array(step, np.int64), 0, path.steps - 1)
+
+
+def _replay(
+    plan: Plan,
+    rows: Realization,
+    function: Callable[..., Any],
+    path: NoisePath,
+    clip: tuple[float, float],
+    options: dict[str, Any],
+) -> float:
+    """Largest relative distance between the table and the solver itself, in float64, with a random nonlinear network.
+
+    Each of the states has its own magnitude; edits are made in place, as a caller's would be.
+    """
+    rng = np.random.default_rng(0)
+    size = 16
+    magnitude = np.repeat(np.array(MAGNITUDES), size)
+    bend, shift, bias = rng.uniform(0.2, 1.0, len(magnitude)), rng.uniform(-1, 1, len(magnitude)), rng.uniform(-1, 1, 3 * size)
+
+    def network(x: Floats, t: Any) -> Floats:
+        return magnitude * np.tanh(bend * x / magnitude + shift * np.sin(np.mean(t) / 100) + bias)
+
+    start = rng.standard_normal(len(magnitude)) * magnitude * path.init_scale
+    draws: dict[int, list[Floats]] = {}
+    edits = rng.standard_normal((plan.evaluations, len(magnitude))) * magnitude * (0.1 if plan.editable else 0.0)
+    inputs: list[Floats] = []
+
+    def edit(row: int, x: Floats) -> None:
+        if plan.editable:
+            x += edits[row]
+        inputs.append(x.copy())
+
+    model = ArrayModel(network, path, plan.prediction, clip, before=edit)
+
+    def noise(step: int) -> Floats:
+        z = rng.standard_normal(len(magnitude)) * magnitude
+        draws.setdefault(model.evaluations, []).append(z)
+        return z
+
+    wanted = function(model, start.copy(), path, noise=noise, **options)
+    slots: list[Any] = [start.copy()] + [np.full(len(magnitude), np.nan)] * (plan.slots - 1)
+    weights = Weights([1.0], None, [0.0] * plan.slots, [[0.0]] * plan.slots, [])
+    output, worst = None, 0.0
+    for i, row in enumerate(plan.rows):
+        z = np.tensordot(rows.draws[i], np.array(draws[i]), 1) if any(row.n) else None
+        slots = reference.step(row, slots, [output], weights if i else None, noise=z).slots
+        if i < plan.evaluations:
+            if plan.editable:
+                slots[0] = slots[0] + edits[i]
+            output = network(slots[0] * row.c_in, row.timestep)
+        target = inputs[i] if i < plan.evaluations else wanted
+        for part in np.split(np.arange(len(magnitude)), len(MAGNITUDES)):
+            error = np.abs(slots[0][part] - target[part]).max() / max(np.abs(target[part]).max(), 1e-300)
+            worst = error if not error <= worst else worst
+    return float(worst)
+
+
+__all__ = ["CertificateError", "TraceError", "compile"]

@@ -1,0 +1,337 @@
+"""From the linear forms of a solver to rows that update a small state.
+
+Let F_i be the form of the i-th model input and F_R the result. What the sampler must remember between two rows is the space
+spanned by the known parts of all future forms, and no less (minimal realisation; Ho, Kalman 1966): its dimension is the
+number of slots. The basis is taken from *natural* vectors, values of the size of data that the solver computes anyway, so
+that the coefficients of the rows stay near 1: what the solver kept alive, earlier predictions and inputs, and only then the
+known part of a future input.
+
+Two approximations keep this linear in R, and the certificate of the caller checks both: a window of the next 12 forms stands
+for all of them, and vectors longer than SKETCH are compared through a fixed random projection.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .layout import MAX_SLOTS
+from .path import Floats
+from .trace import Live, Trace, TraceError
+
+WINDOW = 12
+SKETCH = 48
+TOLERANCE = 1e-11  # of a form's norm: below it a direction of the future is rounding noise
+GOOD_BASIS = 4.0  # coefficients of the future on a basis: up to here the first basis that fits is taken
+
+
+class Candidate(NamedTuple):
+    """A value that a slot may hold after a row."""
+
+    key: Hashable  # what value it is, the same in every row
+    pattern: Hashable  # what it is relative to the row, the same from step to step
+    sketch: Floats
+    written: float  # largest coefficient of the row that writes it
+
+
+@dataclass
+class Realization:
+    """Rows 0 .. R of T, d, e, n over M slots; e is the coefficient of E (0 unless the solver is clipped)."""
+
+    T: NDArray[np.float64]  # [R+1, M, M]
+    d: NDArray[np.float64]  # [R+1, M]
+    e: NDArray[np.float64]
+    n: NDArray[np.float64]
+    names: list[list[str]]  # [R+1][M] what each slot holds after the row
+    draws: list[Floats]  # [R+1] z of the row = draws . (the solver's own draws in that row)
+    residual: float
+
+
+def realize(trace: Trace, init_scale: float = 1.0) -> Realization:
+    """Choose slots and solve for the rows; TraceError names the row where no state of at most MAX_SLOTS spans the future."""
+    return _Realizer(trace, init_scale).run()
+
+
+class _Realizer:
+    def __init__(self, trace: Trace, init_scale: float) -> None:
+        self.trace = trace
+        self.R = len(trace.inputs)
+        kinds = trace.atoms
+        self.column = {atom: j for j, atom in enumerate(kinds) if atom[0] != "z"}
+        size = len(kinds)
+        self.F = np.zeros((self.R + 1, size))
+        for i, form in enumerate([*trace.inputs, trace.result]):
+            self.F[i, : len(form)] = form
+        self.known = [*trace.known, size]
+        self.magnitude = np.ones(size)
+        self.magnitude[0] = init_scale
+        self.directions = self._merge_noises()
+        self.norm = np.linalg.norm(self.F * self.magnitude, axis=1)
+        rng = np.random.default_rng(0)
+        self.projection = np.eye(size) if size <= SKETCH else rng.standard_normal((size, SKETCH)) / SKETCH**0.5
+        self.projection *= self.magnitude[:, None]
+        self.patterns: dict[tuple[Hashable, ...], float] = {}  # bases found so far -> cost up to which they are taken again
+        self.sketches: dict[Hashable, Floats] = {}
+        self.window = np.zeros((WINDOW, self.projection.shape[1]))  # sketches of the next forms, their known part
+
+    def _merge_noises(self) -> dict[int, tuple[list[int], Floats]]:
+        """One z per row: row -> (columns of its draws, unit direction). Several draws must act along one direction."""
+        columns: dict[int, list[int]] = {}
+        for j, (kind, row) in enumerate(self.trace.atoms):
+            if kind == "z":
+                columns.setdefault(row, []).append(j)
+        merged = {}
+        for row, js in columns.items():
+            part = self.F[:, js]
+            if not part.any():
+                continue
+            direction = np.ones(1)
+            if len(js) > 1:
+                _, strength, right = np.linalg.svd(part, full_matrices=False)
+                if strength[1] > 1e-12 * strength[0]:
+                    raise TraceError(f"row {row}: {len(js)} independent noises between two model calls; a row has one z")
+                direction = right[0] * (1.0 if right[0].sum() >= 0 else -1.0)
+                self.F[:, js[0]] = part @ direction
+                self.F[:, js[1:]] = 0.0
+            merged[row] = (js, direction)
+        return merged
+
+    def sketch(self, vector: Floats) -> Floats:
+        return vector @ self.projection[: len(vector)]
+
+    def _merged(self, vector: Floats) -> Floats:
+        """A live value with the draws of each row replaced by the row's one z."""
+        out = vector.copy()
+        for js, direction in self.directions.values():
+            if len(js) > 1 and js[-1] < len(out):
+                out[js[0]] = out[js] @ direction
+                out[js[1:]] = 0.0
+        return out
+
+    def _slide(self, i: int) -> None:
+        """Move the window to forms i .. i + 11, restricted to the atoms known at row i."""
+        before = self.known[i - 1] if i else 0
+        new = slice(before, self.known[i])
+        self.window[:-1] = self.window[1:]
+        first = WINDOW - 1 if i else 0
+        for j in range(i + first, min(self.R + 1, i + WINDOW)):
+            self.window[j - i] = self.sketch(self.F[j, :before])
+        rows = self.F[i : i + WINDOW, new]
+        self.window[: len(rows)] += rows @ self.projection[new]
+
+    # ---- candidates -------------------------------------------------------------------------------------------
+    def _named(self, i: int, value: Live) -> tuple[Hashable, Hashable]:
+        """(key, pattern) of a live value: an atom or an earlier input where it is one."""
+        support = np.flatnonzero(value.vector)
+        if len(support) == 1 and value.vector[support[0]] == 1.0:
+            kind, row = self.trace.atoms[support[0]]
+            return (kind, row), (kind, i - row)
+        for k in range(i - 1, max(-1, i - 5), -1):
+            if value.vector is self.trace.inputs[k]:
+                return ("input", k), ("input", i - k)
+        return ("value", value.serial), ()
+
+    def _live(self, i: int) -> Iterator[tuple[Hashable, Hashable, Floats]]:
+        age = 0
+        for value in reversed(self.trace.live[i]):
+            if not value.vector.any() or (self.trace.editable and value.vector[self.known[i] - 1 :].any()):
+                continue
+            key, pattern = self._named(i, value)
+            if not pattern:
+                pattern, age = ("value", age), age + 1
+            if key not in self.sketches:
+                self.sketches[key] = self.sketch(self._merged(value.vector))
+            yield key, pattern, self.sketches[key]
+
+    def _natural(self, i: int) -> Iterator[tuple[Hashable, Hashable, Floats]]:
+        for kind in ("D", "E"):
+            for row in range(i - 1, max(-1, i - 6), -1):
+                if (kind, row) in self.column:
+                    yield (kind, row), (kind, i - row), self.projection[self.column[kind, row]]
+        for row in range(i, max(-1, i - 3), -1):
+            if row in self.directions:
+                yield ("z", row), ("z", i - row), self.projection[self.directions[row][0][0]]
+        for k in range(i - 1, max(-1, i - 4), -1):
+            if ("input", k) not in self.sketches:
+                self.sketches["input", k] = self.sketch(self.F[k, : self.known[k]])
+            yield ("input", k), ("input", i - k), self.sketches["input", k]
+
+    def _future(self, i: int, future: Floats) -> Iterator[tuple[Hashable, Hashable, Floats]]:
+        for j in range(i + 1, min(self.R, i + MAX_SLOTS) + 1):
+            part = future[j - i] * self.norm[j]
+            if self.trace.editable:  # the edit of this boundary reaches the future through slot 0 alone
+                part = part - self.F[j, self.known[i] - 1] * future[0] * self.norm[i]
+            yield ("future", j, i), ("future", j - i), part
+
+    def _candidates(self, i: int, future: Floats, basis: list[Floats]) -> tuple[list[Candidate], list[Candidate]]:
+        """(live ones, the others): what can be written from the previous row's basis and is no multiple of slot 0."""
+        pools: tuple[list[Candidate], list[Candidate]] = ([], [])
+        seen: set[Hashable] = set()
+        found = []
+        for pool, source in ((0, self._live(i)), (1, self._natural(i)), (1, self._future(i, future))):
+            for key, pattern, sketch in source:
+                if key not in seen:
+                    seen.add(key)
+                    found.append((pool, key, pattern, sketch))
+        if not found:
+            return pools
+        sketches = np.array([sketch for *_, sketch in found])
+        size = np.linalg.norm(sketches, axis=1)
+        written, residual = _fit(np.array(basis), sketches)
+        usable = (size > TOLERANCE * self.norm[i]) & (residual < TOLERANCE * np.maximum(size, 1e-300))
+        first = future[0] / np.linalg.norm(future[0])
+        usable &= size - np.abs(sketches @ first) > 1e-12 * size
+        for (pool, key, pattern, sketch), ok, coefficients in zip(found, usable, written, strict=True):
+            if ok:
+                pools[pool].append(Candidate(key, pattern, sketch, float(np.abs(coefficients).max())))
+        return pools
+
+    # ---- choosing a state -------------------------------------------------------------------------------------
+    def _costs(self, i: int, chosen: list[list[Candidate]], future: Floats) -> Floats:
+        """Largest coefficient on each basis [slot 0, *candidates], of the future and of writing it; inf where it spans not."""
+        bases = np.array([[future[0], *(c.sketch for c in candidates)] for candidates in chosen])
+        size = np.linalg.norm(bases, axis=2, keepdims=True)
+        bases = bases / size
+        solution = future @ np.linalg.pinv(bases, rcond=1e-12)
+        residual = np.linalg.norm(solution @ bases - future, axis=2).max(axis=1)
+        size[:, 0] *= self.norm[i]  # future[0] is the next input over its norm
+        plain = solution * self.norm[i : i + WINDOW, None] / np.swapaxes(size, 1, 2)
+        read = np.maximum(np.abs(solution), np.abs(plain)).max(axis=(1, 2))
+        written = np.array([max((c.written for c in candidates), default=0.0) for candidates in chosen])
+        return np.where(residual < TOLERANCE, np.maximum(read, written), np.inf)
+
+    def _state(self, i: int, basis: list[Floats]) -> list[Candidate]:
+        """The candidates that slots 1 .. hold after row i, given the sketches that the row can read."""
+        future = self.window[: self.R + 1 - i] / self.norm[i : i + WINDOW, None]
+        rank = int((np.linalg.svd(future, compute_uv=False) > TOLERANCE).sum())
+        if rank <= 1:
+            return []
+        live, others = self._candidates(i, future, basis)
+        named = {c.pattern: c for c in [*live, *others]}
+        for pattern, accepted in self.patterns.items():
+            if len(pattern) == rank - 1 and all(name in named for name in pattern):
+                state = [named[name] for name in pattern]
+                if self._costs(i, [state], future)[0] <= accepted:
+                    return state
+        for count in range(rank - 1, MAX_SLOTS):
+            best, cost = None, np.inf
+            for pool in (live, [*live, *others]):
+                sets = [list(s) for s in itertools.islice(itertools.combinations(pool, count), 4096)]
+                costs = self._costs(i, sets, future) if sets else np.array([np.inf])
+                k = int(np.argmin(costs))
+                if costs[k] < cost:
+                    best, cost = sets[k], float(costs[k])
+                if cost < GOOD_BASIS:
+                    break
+            if best is not None:
+                self.patterns[tuple(c.pattern for c in best)] = max(GOOD_BASIS, 2 * cost)
+                return best
+        raise TraceError(f"row {i}: no state of at most {MAX_SLOTS} values determines what the solver does next")
+
+    # ---- rows -------------------------------------------------------------------------------------------------
+    def _solve(self, basis: dict[tuple[str, int], Floats], target: Floats) -> dict[tuple[str, int], float]:
+        """Coefficients of target on the basis, without those at rounding level: they are exactly 0, never read."""
+        places = list(basis)
+        while places:
+            solution, _ = _fit(np.array([basis[p] for p in places]), target[None])
+            size = np.array([np.linalg.norm(basis[p]) for p in places])
+            kept = np.abs(solution[0]) * size > 1e-13 * np.linalg.norm(target)
+            if kept.all():
+                return dict(zip(places, solution[0].tolist(), strict=True))
+            places = [p for p, keep in zip(places, kept, strict=True) if keep]
+        return {}
+
+    def _assign(self, held: list[Candidate | None], state: list[Candidate]) -> list[Candidate | None]:
+        """Slots 1 .. after a row: a value keeps its slot for as long as it lives, new ones take free slots."""
+        keys = {c.key for c in state}
+        slots: list[Candidate | None] = [c if c is not None and c.key in keys else None for c in held]
+        kept = {c.key for c in slots if c is not None}
+        for candidate in state:
+            if candidate.key in kept:
+                continue
+            if None in slots:
+                slots[slots.index(None)] = candidate
+            else:
+                slots.append(candidate)
+        return slots
+
+    def run(self) -> Realization:
+        sketches = {0: self.projection[0]}  # slot -> what it holds before the row
+        held: list[Candidate | None] = []
+        states: list[list[Candidate | None]] = []
+        rows: list[dict[int, dict[tuple[str, int], float]]] = []  # row -> slot -> (coefficient, index) -> value
+        for i in range(self.R + 1):
+            basis = {("T", c): sketch for c, sketch in sketches.items()}
+            for kind, place in (("D", "d"), ("E", "e")):
+                if (kind, i - 1) in self.column:
+                    basis[place, 0] = self.projection[self.column[kind, i - 1]]
+            if i in self.directions:
+                basis["n", 0] = self.projection[self.directions[i][0][0]]
+            self._slide(i)
+            state = self._assign(held, self._state(i, list(basis.values()))) if i < self.R else []
+            x = self.window[0].copy()
+            bare = x - self.projection[self.known[i] - 1] if self.trace.editable and i < self.R else x
+            row = {0: self._solve(basis, bare)}  # the row writes x; the caller's edit comes afterwards
+            for r, candidate in enumerate(state, 1):
+                if candidate is None:
+                    continue
+                kept = r <= len(held) and (before := held[r - 1]) is not None and before.key == candidate.key
+                row[r] = {("T", r): 1.0} if kept else self._solve(basis, candidate.sketch)
+            rows.append(row)
+            states.append(state)
+            sketches = {0: x} | {r: c.sketch for r, c in enumerate(state, 1) if c is not None}
+            held = state
+        slots = 1 + max(len(state) for state in states)
+        T, vectors = np.zeros((self.R + 1, slots, slots)), np.zeros((3, self.R + 1, slots))
+        for i, row in enumerate(rows):
+            for r, coefficients in row.items():
+                for (place, c), value in coefficients.items():
+                    if place == "T":
+                        T[i, r, c] = value
+                    else:
+                        vectors["den".index(place), i, r] = value
+        names = [["x", *(_label(c) for c in state), *[""] * (slots - 1 - len(state))] for state in states]
+        draws = [self.directions[i][1] if i in self.directions else np.zeros(0) for i in range(self.R + 1)]
+        done = Realization(T, *vectors, names, draws, 0.0)
+        done.residual = self._residual(done)
+        return done
+
+    def _residual(self, rows: Realization) -> float:
+        """Largest distance of the rows' own forms from the solver's, relative to the form: the first certificate."""
+        worst, slots = 0.0, rows.T.shape[1]
+        state = np.zeros((slots, self.F.shape[1]))
+        state[0, 0] = 1.0
+        for i in range(self.R + 1):
+            active = rows.T[i].any(axis=0)  # a slot that is not read may hold what it likes
+            new = rows.T[i][:, active] @ state[active]
+            for kind, coefficients in (("D", rows.d[i]), ("E", rows.e[i])):
+                if (kind, i - 1) in self.column:
+                    new[:, self.column[kind, i - 1]] += coefficients
+            if i in self.directions:
+                new[:, self.directions[i][0][0]] += rows.n[i]
+            if self.trace.editable and i < self.R:
+                new[0, self.known[i] - 1] += 1.0
+            state = new
+            error = np.linalg.norm((state[0] - self.F[i]) * self.magnitude) / max(self.norm[i], 1e-300)
+            worst = error if not error <= worst else worst
+        return float(worst)
+
+
+def _fit(basis: Floats, targets: Floats) -> tuple[Floats, Floats]:
+    """Least-squares coefficients [targets, basis] and residual norms of each target on the basis (rows of both)."""
+    size = np.linalg.norm(basis, axis=1)
+    scaled = basis / size[:, None]
+    solution = np.linalg.lstsq(scaled.T, targets.T, rcond=None)[0].T
+    return solution / size, np.linalg.norm(solution @ scaled - targets, axis=1)
+
+
+def _label(candidate: Candidate | None) -> str:
+    if candidate is None:
+        return ""
+    kind, number, *_ = candidate.key  # type: ignore[misc]
+    return f"{ {'input': 'x', 'value': 'v', 'future': 'f'}.get(kind, kind) }{number}"

@@ -1,0 +1,110 @@
+"""The step, in plain array arithmetic: the definition that every back end must match, and the fallback.
+
+Per element, with the K branch outputs m_k, the slots s_c (s_0 is the noisy x) and standard normal noise z:
+
+    G    = sum_k w_k m_k + sum_c o_c s_c
+    U    = G, or sum_k v_k m_k where the guidance method keeps a second combination
+    D    = clip(a_x s_0 + a_g G, lo, hi)               or clamp(., -b, b) / b with a per-sample bound b
+    S    = 1, or exp(var_lo + (var_hi - var_lo) (v + 1) / 2) with a variance branch v
+    s'_r = sum_c T_rc s_c + d_r D + e_r U + sum_k b_rk m_k + n_r sqrt(S) z + q_r S g        solver slots
+    s'_r = h_r s_r + sum_k b_rk m_k                                                         guidance slots
+    next model input = c_in s'_0
+
+A coefficient that is exactly 0 means "not read": the operand may hold anything, NaN included. Works on numpy arrays and on
+torch tensors, in the dtype of the state. Source: DESIGN of the row form; Karras et al. 2022 for the D parametrisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .layout import Row, Weights
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+Array = Any
+
+
+class Stepped(NamedTuple):
+    slots: list[Array]  # S arrays: what each slot holds after the row
+    denoised: Array | None  # D, where the row or the caller needs it
+
+
+def combine(terms: Iterable[tuple[float, Array]], like: Array) -> Array:
+    """sum of coefficient * operand over the terms whose coefficient is not exactly 0; zeros like `like` if none is left."""
+    total = None
+    for coefficient, operand in terms:
+        if coefficient != 0:
+            product = operand * coefficient
+            total = product if total is None else total + product
+    return zeros_like(like) if total is None else total
+
+
+def zeros_like(array: Array) -> Array:
+    return np.zeros_like(array) if isinstance(array, np.ndarray) else array.new_zeros(array.shape)
+
+
+def clamp(array: Array, low: float, high: float) -> Array:
+    """min(max(array, low), high); NaN stays NaN in numpy's clip and in torch's clamp alike."""
+    if low == -np.inf and high == np.inf:
+        return array
+    return np.clip(array, low, high) if isinstance(array, np.ndarray) else array.clamp(low, high)
+
+
+def exp(array: Array) -> Array:
+    return np.exp(array) if isinstance(array, np.ndarray) else array.exp()
+
+
+def step(
+    row: Row,
+    slots: Sequence[Array],  # S arrays [C, *] (any shape): solver slots first, then guidance slots
+    outputs: Sequence[Array | None],  # K arrays like the slots, None where the branch is absent
+    weights: Weights | None,  # None in the prologue
+    *,
+    noise: Array | None = None,
+    gradient: Array | None = None,
+    variance: Array | None = None,
+    bound: float = 0.0,
+    want_denoised: bool = False,
+) -> Stepped:
+    """One row for one sample (or for many that share the row). Returns new arrays; nothing is written in place."""
+    x, solver_slots = slots[0], len(row.d)
+    own = len(slots) if weights is None else len(slots) - len(weights.h)
+    needs_denoised = want_denoised or any(row.d)
+    guided = second = None
+    if weights is not None:
+        needs_guided = (needs_denoised and row.a_g != 0) or (any(row.e) and weights.v is None)
+        if needs_guided:
+            guided = combine([*zip(weights.w, outputs, strict=True), *zip(weights.o, slots, strict=True)], x)
+        second = guided
+        if weights.v is not None and any(row.e):
+            second = combine(zip(weights.v, outputs, strict=True), x)
+    denoised = None
+    if needs_denoised and weights is not None:
+        denoised = combine([(row.a_x, x), (row.a_g, guided)], x)
+        denoised = clamp(denoised, -bound, bound) / bound if bound else clamp(denoised, row.clip_lo, row.clip_hi)
+    scale: Any = 1.0
+    if variance is not None and (row.var_lo != 0 or row.var_hi != 0):
+        scale = exp((variance + 1) * (0.5 * (row.var_hi - row.var_lo)) + row.var_lo)
+    raw = [] if weights is None else weights.b
+    new: list[Array] = []
+    for r, old in enumerate(slots):
+        branches = list(zip(raw[r], outputs, strict=True)) if raw else []
+        if r >= own:  # the guidance method's own slots; the prologue has no guidance and leaves them alone
+            new.append(old if weights is None else combine([(weights.h[r - own], old), *branches], x))
+            continue
+        if r >= solver_slots:  # of another plan in the same launch
+            new.append(old)
+            continue
+        terms = [*zip(row.T[r], slots[:solver_slots], strict=True), (row.d[r], denoised), (row.e[r], second), *branches]
+        if row.n[r] != 0:
+            terms.append((row.n[r], scale**0.5 * noise))
+        if row.q[r] != 0:
+            terms.append((row.q[r], scale * gradient))
+        unused = r > 0 and all(coefficient == 0 for coefficient, _ in terms)
+        new.append(old if unused else combine(terms, x))
+    return Stepped(new, denoised)

@@ -1,0 +1,83 @@
+"""DDIM, and what equals it: Euler on the probability-flow ODE, the Euler step of flow matching, Euler ancestral."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ..path import NoisePath
+from .registry import solver
+
+
+def ancestral_sigma(path: NoisePath, i: int, eta: float) -> float:
+    """Standard deviation of the noise of step i: eta sigma' sqrt(1 - (sigma'/alpha')^2 / (sigma/alpha)^2), at most sigma'.
+
+    On variance-preserving paths this is DDIM eq. 16; in k-diffusion's terms it is alpha' sigma_up.
+    """
+    if path.sigma[i + 1] == 0:
+        return 0.0
+    ahead = float(path.sigma[i + 1])
+    return min(ahead, eta * ahead * math.sqrt(-math.expm1(2 * (path.lam[i] - path.lam[i + 1]))))
+
+
+@solver("ddim")
+def ddim(
+    model: Callable[..., Any],
+    x: Any,
+    path: NoisePath,
+    *,
+    noise: Callable[[int], Any],
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+) -> Any:
+    """x' = alpha' D + sqrt(sigma'^2 - s^2) E + s z, s = eta sigma' sqrt(1 - SNR / SNR').
+
+    eta: 0 deterministic, 1 ancestral (DDPM). use_clipped_model_output: re-derive E from the clipped D, as its authors do;
+    otherwise E is the model's own. Source: Song, Meng, Ermon 2021, eq. 12 and 16. Order 1, one evaluation a step.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
+    for i in range(path.steps):
+        out = model(x, i)
+        direction = (x - out.denoised * path.alpha[i]) / path.sigma[i] if use_clipped_model_output else out.noise
+        s = ancestral_sigma(path, i, eta)
+        x = out.denoised * path.alpha[i + 1] + direction * math.sqrt(path.sigma[i + 1] ** 2 - s * s)
+        if s > 0:
+            x = x + noise(i) * s
+    return x
+
+
+@solver("euler")
+def euler(model: Callable[..., Any], x: Any, path: NoisePath, *, noise: Callable[[int], Any]) -> Any:
+    """x'/alpha' = x/alpha + (s' - s) (x/alpha - D) / s with s = sigma/alpha; on flow paths x' = x + (sigma' - sigma) v.
+
+    Both are DDIM at eta 0 (Karras et al. 2022, section 3; Lipman et al. 2023), and this is that function. Order 1.
+    """
+    return ddim(model, x, path, noise=noise)
+
+
+@solver("euler_ancestral")
+def euler_ancestral(
+    model: Callable[..., Any],
+    x: Any,
+    path: NoisePath,
+    *,
+    noise: Callable[[int], Any],
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+) -> Any:
+    """x'/alpha' = D + (s_down / s) (x/alpha - D) + s_up s_noise z, s = sigma/alpha, s_down^2 + s_up^2 = s'^2.
+
+    Source: k-diffusion, sample_euler_ancestral; at s_noise 1 it equals DDIM with the same eta. One evaluation a step.
+    """
+    if eta < 0:
+        raise ValueError(f"eta: expected a number >= 0, got {eta}")
+    for i in range(path.steps):
+        out = model(x, i)
+        up = ancestral_sigma(path, i, eta)
+        down = math.sqrt(path.sigma[i + 1] ** 2 - up * up)
+        x = x * (down / path.sigma[i]) + out.denoised * (path.alpha[i + 1] - path.alpha[i] * down / path.sigma[i])
+        if up > 0:
+            x = x + noise(i) * (up * s_noise)
+    return x

@@ -1,0 +1,148 @@
+"""The table of solver names, and the reference: a solver run with arrays and a real model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..path import Level, NoisePath
+from ..prediction import check_prediction, conversion
+from ..reference import clamp, combine
+from ..trace import Output
+from .kdiffusion import adapt, is_kdiffusion
+
+Solver = Callable[..., Any]
+_SOLVERS: dict[str, Solver] = {}
+
+
+def solver(*names: str) -> Callable[[Solver], Solver]:
+    """Register a solver function under its name; further names are the ones that it equals by theory."""
+
+    def register(function: Solver) -> Solver:
+        for name in names:
+            if name in _SOLVERS:
+                raise ValueError(f"solver: the name {name!r} is taken by {_SOLVERS[name].__module__}")
+            _SOLVERS[name] = function
+        return function
+
+    return register
+
+
+def names() -> list[str]:
+    """The names that `pyguide.compile` and `solvers.sample` accept, sorted."""
+    return sorted(_SOLVERS)
+
+
+def resolve(choice: str | Solver) -> Solver:
+    """The solver function of a name, or a callable as it is (a k-diffusion function is adapted to the same contract)."""
+    if isinstance(choice, str):
+        if choice not in _SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(names())}, or a function; got {choice!r}")
+        return _SOLVERS[choice]
+    if not callable(choice):
+        raise TypeError(f"solver: expected a name or a function, got {type(choice).__name__}")
+    return adapt(choice) if is_kdiffusion(choice) else choice
+
+
+def check_options(function: Solver, options: dict[str, Any]) -> None:
+    """TypeError naming the option that the solver does not have, and those that it has."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "noise"]
+    for name in options:
+        if name not in known:
+            has = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise TypeError(f"{name}: {getattr(function, '__name__', 'the solver')} has no such option; {has}")
+
+
+def clip_bounds(clip: float | tuple[float, float] | None) -> tuple[float, float]:
+    """(low, high) of a clip given as a bound, a pair or None; ValueError naming clip."""
+    if clip is None:
+        return -np.inf, np.inf
+    low, high = (-clip, clip) if np.ndim(clip) == 0 else clip  # type: ignore[misc, operator]
+    low, high = float(low), float(high)
+    if not low < high:
+        raise ValueError(f"clip: expected a positive bound or (low, high) with low < high, got {clip!r}")
+    return low, high
+
+
+def sample(
+    solver: str | Solver,
+    model: Callable[..., Any],
+    x: Any,
+    path: NoisePath,
+    *,
+    prediction: str = "epsilon",
+    noise: Callable[[int], Any] | None = None,
+    clip: float | tuple[float, float] | None = None,
+    **options: Any,
+) -> Any:
+    """The reference sampler: the solver function itself, run with arrays in the dtype of x.
+
+    model(x, t) -> output, x [B, C, *], t [B]; the output is what `prediction` says. x: the state at the first grid point.
+    noise(i): standard normal array like x, drawn in step i; default: torch's (numpy's) global generator.
+    Returns the state at the end of the path, a new array. Raises ValueError or TypeError naming the argument.
+    """
+    function = resolve(solver)
+    check_options(function, options)
+    return function(
+        ArrayModel(model, path, prediction, clip_bounds(clip)), x, path, noise=noise or _global_noise(x), **options
+    )
+
+
+class ArrayModel:
+    """A network as `model(x, level)`: scales its input, tells it the timestep, converts its prediction."""
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        path: NoisePath,
+        prediction: str,
+        clip: tuple[float, float],
+        before: Callable[[int, Any], None] | None = None,
+    ) -> None:
+        check_prediction(prediction)
+        self.network, self.path, self.prediction, self.clip, self.before = network, path, prediction, clip, before
+        self.evaluations = 0
+        self.whole = bool((path.timestep == np.round(path.timestep)).all())
+
+    def __call__(self, x: Any, level: int | Level) -> Output:
+        here = level if isinstance(level, Level) else self.path.level(level)
+        c = conversion(self.prediction, here, self.path.schedule.sigma_data)
+        if self.before is not None:
+            self.before(self.evaluations, x)
+        self.evaluations += 1
+        out = self.network(x if c.c_in == 1 else x * c.c_in, _times(here.timestep, self.whole and here.timestep.is_integer(), x))
+        if tuple(out.shape) != tuple(x.shape):
+            raise ValueError(f"model: expected an output of shape {tuple(x.shape)}, got {tuple(out.shape)}")
+        denoised = clamp(combine([(c.a_x, x), (c.a_m, out)], x), *self.clip)
+        noise = combine([(c.e_x, x), (c.e_m, out)], x)
+        return Output(denoised, lambda: noise)
+
+
+def _times(timestep: float, whole: bool, x: Any) -> Any:
+    """[B] timesteps, where x is: see `time_dtype`."""
+    count = x.shape[0] if len(x.shape) else 1
+    dtype = time_dtype(whole, str(x.dtype).endswith("float64"))
+    if isinstance(x, np.ndarray):
+        return np.full(count, timestep, dtype)
+    import torch
+
+    return torch.full((count,), timestep, dtype=getattr(torch, dtype), device=x.device)
+
+
+def time_dtype(whole: bool, double: bool) -> str:
+    """What timesteps are told in: float64 beside float64 states, int64 if all are whole numbers, else float32."""
+    return "float64" if double else "int64" if whole else "float32"
+
+
+def _global_noise(x: Any) -> Callable[[int], Any]:
+    if isinstance(x, np.ndarray):
+        return lambda step: np.random.standard_normal(x.shape).astype(x.dtype)
+    import torch
+
+    return lambda step: torch.randn_like(x)

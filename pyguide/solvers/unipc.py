@@ -1,0 +1,88 @@
+"""UniPC: a predictor and a corrector of arbitrary order from the same evaluations (Zhao et al. 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..path import Floats, NoisePath
+from .registry import solver
+
+
+def _weights(h: float, ratios: Sequence[float], solver_type: str) -> tuple[Floats, float]:
+    """rho of  sum_k rho_k ratio_k^(n-1) = n! phi_(n+1)(-h) / B(h),  n = 1 .. order, and B(h); the last ratio is 1.
+
+    phi are those of the exponential integrator: phi_1(z) = expm1(z)/z, phi_(n+1) = (phi_n - 1/n!)/z (eq. 11 and theorem 3.1).
+    """
+    z = -h
+    scale = z if solver_type == "bh1" else math.expm1(z)
+    if len(ratios) <= 1:
+        return np.full(len(ratios), 0.5), scale  # published so for one difference: exact enough for the order, for any B
+    power = np.array([[ratio ** (n - 1) for ratio in ratios] for n in range(1, len(ratios) + 1)])
+    phi, right, factorial = math.expm1(z) / z - 1, [], 1
+    for n in range(1, len(ratios) + 1):
+        right.append(phi * factorial / scale)
+        factorial *= n + 1
+        phi = phi / z - 1 / factorial
+    return np.linalg.solve(power, np.array(right)), scale
+
+
+@solver("unipc")
+def unipc(
+    model: Callable[..., Any],
+    x: Any,
+    path: NoisePath,
+    *,
+    noise: Callable[[int], Any],
+    order: int = 2,
+    solver_type: str = "bh2",
+    corrector: bool = True,
+    lower_order_final: bool = True,
+) -> Any:
+    """From level s to t, with h = lam_t - lam_s and differences D_k - D_s at ratios r_k = (lam_k - lam_s) / h:
+
+        x_t = (sigma_t/sigma_s) x_s - alpha_t expm1(-h) D_s - alpha_t B(h) sum_k rho_k (D_k - D_s) / r_k
+
+    The predictor uses earlier D_k; the corrector, run when D_t is known, adds it with r = 1 and replaces x_t. B(h) is
+    expm1(-h) (bh2) or -h (bh1). order: 1 to 3; lower_order_final lowers it toward the end, as published. Order of accuracy
+    order (order + 1 with the corrector), one evaluation a step. Source: Zhao et al. 2023, algorithms 1 and 2.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
+    if solver_type not in ("bh1", "bh2"):
+        raise ValueError(f'solver_type: expected "bh1" or "bh2", got {solver_type!r}')
+    recent: list[Any] = []  # D at the last grid points, newest first
+    used, last = 0, x
+    for i in range(path.steps):
+        D = model(x, i).denoised
+        if corrector and i > 0:
+            x = _update(path, last, recent, i - 1, used, solver_type, ahead=D)
+        last = x
+        recent = [D, *recent[:2]]
+        used = min(order, i + 1, path.steps - i if lower_order_final else order)
+        x = _update(path, x, recent, i, used, solver_type)
+    return x
+
+
+def _update(
+    path: NoisePath, x: Any, recent: Sequence[Any], i: int, order: int, solver_type: str, ahead: Any = None
+) -> Any:
+    """One update from grid point i to i + 1: the predictor, or with D at i + 1 (`ahead`) the corrector."""
+    h = path.lam[i + 1] - path.lam[i]
+    x = x * (path.sigma[i + 1] / path.sigma[i]) - recent[0] * (path.alpha[i + 1] * math.expm1(-h))
+    if path.sigma[i + 1] == 0 or (solver_type == "bh1" and not math.isfinite(h)):
+        return x  # to clean data, or with an infinite B(h): the differences have no weight
+    differences = []
+    for k in range(1, order):
+        ratio = float((path.lam[i - k] - path.lam[i]) / h)
+        if math.isfinite(ratio):  # a point of pure noise, lam = -inf, says nothing about the slope
+            differences.append((ratio, (recent[k] - recent[0]) / ratio))
+    if ahead is not None:
+        differences.append((1.0, ahead - recent[0]))
+    rho, scale = _weights(h, [ratio for ratio, _ in differences], solver_type)
+    for weight, (_, difference) in zip(rho, differences, strict=True):
+        x = x - difference * (path.alpha[i + 1] * scale * weight)
+    return x

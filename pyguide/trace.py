@@ -1,0 +1,280 @@
+"""A solver, run on symbols: the linear forms of everything that it computes.
+
+Run with arrays, a solver is the reference sampler; run with `Form`s it is recorded. A form is a linear combination of
+atoms, in the order in which they become known:
+
+    x_T, then per row the noises z drawn before an evaluation, an edit of the model's input, D and E of the evaluation
+
+A form refuses whatever is not linear; the error names the operation and the row.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .path import Floats, Level, NoisePath
+
+
+class TraceError(TypeError):
+    """A solver did something that is not linear in its states, or that a plan cannot express."""
+
+
+class Form:
+    """A linear form over the atoms of a trace. Supports + - between forms, * and / by numbers, and nothing else."""
+
+    __slots__ = ("__weakref__", "serial", "trace", "vector")
+
+    def __init__(self, trace: Trace, vector: Floats) -> None:
+        self.trace, self.vector = trace, vector
+        self.serial = trace.register(self)
+
+    def _combine(self, other: object, sign: float) -> Form:
+        if not isinstance(other, Form):
+            if _number(other) == 0:
+                return Form(self.trace, self.vector)
+            self._refuse(f"the addition of {type(other).__name__} {other!r}")
+        long, short = self.vector, sign * other.vector
+        if len(long) < len(short):
+            long, short = short, long
+        total = long.copy()
+        total[: len(short)] += short
+        return Form(self.trace, total)
+
+    def __add__(self, other: object) -> Form:
+        return self._combine(other, 1.0)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: object) -> Form:
+        return self._combine(other, -1.0)
+
+    def __rsub__(self, other: object) -> Form:
+        return (-self)._combine(other, 1.0)
+
+    def __mul__(self, other: object) -> Form:
+        number = _number(other)
+        if number is None:
+            kind = "the product of two states" if isinstance(other, Form) else f"a product with {type(other).__name__}"
+            self._refuse(kind)
+        return Form(self.trace, self.vector * number)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: object) -> Form:
+        number = _number(other)
+        if number is None:
+            self._refuse(f"a division by {'a state' if isinstance(other, Form) else type(other).__name__}")
+        if number == 0:
+            self._refuse("a division by zero")
+        return Form(self.trace, self.vector / number)
+
+    def __rtruediv__(self, other: object) -> NoReturn:
+        self._refuse("a division by a state")
+
+    def __neg__(self) -> Form:
+        return Form(self.trace, -self.vector)
+
+    def __pos__(self) -> Form:
+        return Form(self.trace, self.vector)
+
+    def _refuse(self, operation: str) -> NoReturn:
+        raise TraceError(f"row {self.trace.row}: a solver must be linear in its states; it used {operation}")
+
+    def __bool__(self) -> NoReturn:
+        self._refuse("the truth value of a state (bool)")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return self._function(ufunc.__name__, inputs)
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
+        self._refuse(f"numpy.{func.__name__}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        form = next(arg for arg in args if isinstance(arg, Form))
+        if getattr(func, "__name__", "") == "randn_like":
+            return form.trace.noise()
+        return form._function(getattr(func, "__name__", str(func)), args)
+
+    def _function(self, name: str, inputs: tuple[Any, ...]) -> Any:
+        """Numbers that arrive as numpy or torch scalars on the left of an operator come through here."""
+        operation = _OPERATORS.get(name)
+        if operation is None or len(inputs) != 2:
+            self._refuse(f"the function {name}")
+        left, right = inputs
+        return operation(left, right) if isinstance(left, Form) else operation(_scalar(self, left, name), right)
+
+    # what a k-diffusion function asks of its tensor besides arithmetic: one sample without dimensions
+    shape = (1,)
+    ndim = 0
+
+    def new_ones(self, size: object) -> Floats:
+        return np.ones(1)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(f"the attribute or method .{name}")
+
+
+def _refused(name: str) -> Callable[..., NoReturn]:
+    def method(self: Form, *args: object) -> NoReturn:
+        self._refuse(name)
+
+    return method
+
+
+for _name, _what in {
+    "__lt__": "a comparison (<)",
+    "__le__": "a comparison (<=)",
+    "__gt__": "a comparison (>)",
+    "__ge__": "a comparison (>=)",
+    "__eq__": "a comparison (==)",
+    "__ne__": "a comparison (!=)",
+    "__abs__": "abs",
+    "__pow__": "a power",
+    "__rpow__": "a power",
+    "__mod__": "a remainder",
+    "__floordiv__": "a floor division",
+    "__float__": "a conversion to a number",
+    "__getitem__": "indexing",
+    "__len__": "its length",
+    "__iter__": "iteration",
+}.items():
+    setattr(Form, _name, _refused(_what))
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "sub": lambda a, b: a - b,
+    "rsub": lambda a, b: b - a,
+    "multiply": lambda a, b: a * b,
+    "mul": lambda a, b: a * b,
+    "divide": lambda a, b: a / b,
+    "true_divide": lambda a, b: a / b,
+    "div": lambda a, b: a / b,
+}
+
+
+def _number(value: object) -> float | None:
+    """A real number, or a 0-d array of one; None for anything else."""
+    if isinstance(value, Form) or isinstance(value, str):
+        return None
+    if getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def _scalar(form: Form, value: object, name: str) -> float:
+    number = _number(value)
+    if number is None:
+        form._refuse(f"{name} with {type(value).__name__}")
+    return number
+
+
+class Output:
+    """What model(x, level) returns inside a solver: .denoised is D (clipped), .noise is E, taken before the clip."""
+
+    __slots__ = ("_noise", "denoised")
+
+    def __init__(self, denoised: Any, noise: Callable[[], Any]) -> None:
+        self.denoised, self._noise = denoised, noise
+
+    @property
+    def noise(self) -> Any:
+        return self._noise()
+
+
+@dataclass
+class Live:
+    """A value that the solver kept alive while it called the model: its form then, under a serial number."""
+
+    serial: int
+    vector: Floats
+
+
+class Trace:
+    """The record of one symbolic run: R evaluations, their inputs and levels, and the result."""
+
+    def __init__(self, path: NoisePath, *, editable: bool, clipped: bool) -> None:
+        self.path, self.editable, self.clipped = path, editable, clipped
+        self.atoms: list[tuple[str, int]] = []  # (kind, row): x, z, edit, D, E
+        self.inputs: list[Floats] = []  # [R] forms of the model's inputs, edits included
+        self.known: list[int] = []  # [R] atoms known when evaluation i is called, its edit included
+        self.levels: list[Level] = []
+        self.live: list[list[Live]] = []
+        self.result: Floats
+        self._forms: weakref.WeakValueDictionary[int, Form] = weakref.WeakValueDictionary()
+        self._serial = 0
+
+    @property
+    def row(self) -> int:
+        """The row being computed: the number of evaluations so far."""
+        return len(self.inputs)
+
+    def register(self, form: Form) -> int:
+        self._serial += 1
+        self._forms[self._serial] = form
+        return self._serial
+
+    def atom(self, kind: str) -> Form:
+        self.atoms.append((kind, self.row))
+        vector = np.zeros(len(self.atoms))
+        vector[-1] = 1.0
+        return Form(self, vector)
+
+    def model(self, x: Any, level: int | Level) -> Output:
+        if not isinstance(x, Form):
+            raise TraceError(f"row {self.row}: model(x, level) needs a state as x, got {type(x).__name__}")
+        here = self.path.level(level) if not isinstance(level, Level) else level
+        if not here.sigma > 0:
+            raise TraceError(f"row {self.row}: the model is evaluated at sigma > 0, got level {level} with sigma={here.sigma}")
+        if self.editable:  # the caller's edit is an in-place change of the very tensor that the model is given
+            edit = self.atom("edit")
+            x.vector = (x + edit).vector
+        self.known.append(len(self.atoms))
+        self.live.append([Live(f.serial, f.vector) for f in self._forms.values() if f is not x])
+        self.levels.append(here)
+        vector = x.vector
+        row = self.row
+        self.inputs.append(vector)
+        self.atoms.append(("D", row))
+        denoised = Form(self, _unit(len(self.atoms)))
+        if not self.clipped:
+            # E of the input as it was, whatever the solver does with its variable meanwhile
+            return Output(denoised, lambda: (Form(self, vector) - denoised * here.alpha) / here.sigma)
+        self.atoms.append(("E", row))
+        noise = Form(self, _unit(len(self.atoms)))
+        return Output(denoised, lambda: noise)
+
+    def noise(self, step: int = 0) -> Form:
+        return self.atom("z")
+
+
+def _unit(length: int) -> Floats:
+    vector = np.zeros(length)
+    vector[-1] = 1.0
+    return vector
+
+
+def trace(
+    solver: Callable[..., Any], path: NoisePath, *, clipped: bool = False, editable: bool = False, **options: Any
+) -> Trace:
+    """Run `solver(model, x, path, noise=..., **options)` on symbols and return the record."""
+    record = Trace(path, editable=editable, clipped=clipped)
+    x = record.atom("x")
+    result = solver(record.model, x, path, noise=record.noise, **options)
+    if not isinstance(result, Form):
+        raise TraceError(f"row {record.row}: a solver returns its final state, got {type(result).__name__}")
+    if not record.inputs:
+        raise TraceError("a solver must call model(x, level) at least once")
+    record.result = result.vector
+    return record
