@@ -1,0 +1,100 @@
+"""The few array operations that the sampler needs around a run, for numpy and torch alike. Nothing here runs per step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = Any
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+
+def is_torch(array: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def is_array(value: object) -> bool:
+    return isinstance(value, np.ndarray) or is_torch(value)
+
+
+def dtype_name(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def empty(shape: Sequence[int], dtype: str, like: Array) -> Array:
+    """A contiguous uninitialised array of the kind and on the device of `like`."""
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype)
+    import torch
+
+    return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=like.device)
+
+
+def from_numpy(values: np.ndarray, like: Array) -> Array:
+    if isinstance(like, np.ndarray):
+        return values
+    import torch
+
+    return torch.from_numpy(values).to(like.device)
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """A new contiguous array of another dtype."""
+    if isinstance(array, np.ndarray):
+        return np.array(array, dtype, order="C")
+    import torch
+
+    target = getattr(torch, dtype)
+    return array.detach().to(target, memory_format=torch.contiguous_format, copy=True)
+
+
+def copy_into(target: Array, source: Array) -> None:
+    if isinstance(target, np.ndarray):
+        np.copyto(target, source, casting="same_kind")
+    else:
+        target.copy_(source)
+
+
+def pick(array: Array, rows: np.ndarray) -> Array:
+    """The given rows of the first dimension."""
+    return array[rows] if isinstance(array, np.ndarray) else array[from_numpy(rows, array)]
+
+
+def concatenate(parts: list[Array]) -> Array:
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    import torch
+
+    return torch.cat(parts)
+
+
+def pointer(array: Array) -> int:
+    return int(array.ctypes.data) if isinstance(array, np.ndarray) else int(array.data_ptr())
+
+
+def strides(array: Array) -> tuple[int, ...]:
+    """Strides in elements."""
+    if isinstance(array, np.ndarray):
+        return tuple(stride // array.itemsize for stride in array.strides)
+    return tuple(array.stride())
+
+
+def merged_strides(shape: Sequence[int], steps: Sequence[int]) -> tuple[int, int, int] | None:
+    """(batch, channel, inner) strides of [B, C, *] if its inner dimensions are one uniform run, else None."""
+    inner, run = None, 1
+    for size, step in zip(reversed(shape[2:]), reversed(steps[2:]), strict=True):
+        if size == 1:
+            continue
+        if inner is None:
+            inner, run = step, step * size
+        elif step != run:
+            return None
+        else:
+            run *= size
+    return (steps[0], steps[1] if len(steps) > 1 else 1, 1 if inner is None else inner)

@@ -1,0 +1,91 @@
+"""Which samples of which branches share a model call, and the conditions stacked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arrays import Array, concatenate, is_array, pick
+
+Cond = Mapping[str, Any]
+
+
+@dataclass
+class Call:
+    """One model call: n rows, branch by branch, the samples of each in order."""
+
+    members: list[tuple[int, NDArray[np.int64]]]  # (branch, samples)
+    size: int
+    x: Array = None  # views of the launch's buffers, set when it is bound
+    t: Array = None
+    cond: dict[str, Any] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()  # of x, and so of the output
+    branch: int = 0  # the first one
+    low: int = 0  # the memory of x
+    high: int = 0
+
+
+@dataclass
+class Routing:
+    """The calls of one evaluation; index[b, k] is the row of sample b's branch k in its call, -1 where it is not run."""
+
+    calls: list[Call]
+    index: NDArray[np.int32]  # [B, K]
+
+
+def route(active: NDArray[np.bool_], batched: bool) -> Routing:
+    """Calls for the active branches [B, K]: one for all of them, or one per branch."""
+    index = np.full(active.shape, -1, np.int32)
+    members = [(k, np.flatnonzero(active[:, k])) for k in range(active.shape[1])]
+    members = [(k, samples) for k, samples in members if len(samples)]
+    calls = []
+    for group in [members] if batched else [[member] for member in members]:
+        size = 0
+        for k, samples in group:
+            index[samples, k] = size + np.arange(len(samples))
+            size += len(samples)
+        if size:
+            calls.append(Call(group, size))
+    return Routing(calls, np.ascontiguousarray(index))
+
+
+def check(name: str, cond: Any, batch: int) -> None:
+    """Conditions are a mapping of names to arrays with one row per sample, or to nested mappings of such."""
+    if not isinstance(cond, Mapping):
+        raise TypeError(f"{name}: expected a mapping of names to arrays, got {type(cond).__name__}")
+    for key, value in cond.items():
+        if isinstance(value, Mapping):
+            check(f"{name}[{key!r}]", value, batch)
+        elif is_array(value) and (value.ndim == 0 or value.shape[0] != batch):
+            raise ValueError(
+                f"{name}[{key!r}]: expected one row per sample ({batch}), got shape {tuple(value.shape)}; what all samples "
+                "share belongs into the model: wrap a function that passes it"
+            )
+
+
+def stack(conds: list[Cond], call: Call, batch: int, name: str = "cond") -> dict[str, Any]:
+    """The conditions of a call, its rows in order; values that are not arrays must be the same in all branches."""
+    used = [conds[k] for k, _ in call.members]
+    if any(set(cond) != set(used[0]) for cond in used):
+        raise ValueError(f"{name}: the branches have different conditions: {[sorted(cond) for cond in used]}")
+    stacked: dict[str, Any] = {}
+    for key in used[0]:
+        values = [cond[key] for cond in used]
+        if all(isinstance(value, Mapping) for value in values):
+            nested = [dict(cond).get(key, {}) for cond in conds]
+            stacked[key] = stack(nested, call, batch, f"{name}[{key!r}]")
+        elif all(is_array(value) for value in values):
+            rows = [v if len(s) == batch else pick(v, s) for v, (_, s) in zip(values, call.members, strict=True)]
+            if any(row.shape[1:] != rows[0].shape[1:] or type(row) is not type(rows[0]) for row in rows):
+                shapes = [tuple(row.shape) for row in rows]
+                raise ValueError(f"{name}[{key!r}]: the branches have shapes that cannot be stacked: {shapes}")
+            stacked[key] = concatenate(rows)
+        elif any(is_array(value) or isinstance(value, Mapping) for value in values) or any(v != values[0] for v in values):
+            raise ValueError(f"{name}[{key!r}]: the branches cannot share one call: {values}")
+        else:
+            stacked[key] = values[0]
+    return stacked

@@ -1,0 +1,329 @@
+"""One run of a sampler: checked arguments, buffers, and the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import arrays, native
+from .arrays import Array
+from .conditions import Call, Cond, Routing, check, route, stack
+from .guidance import Guidance
+from .launch import Launch, NativeStep, ReferenceStep, place_samples
+from .layout import NONFINITE, weights_width
+from .noise import check_seeds
+from .path import Level
+from .plan import Plan
+from .solvers.registry import time_dtype
+
+if TYPE_CHECKING:
+    from .sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a run looks like after one model evaluation.
+
+    step: the solver step that the evaluation belongs to. row: the evaluation, 0 .. R-1. timestep, sigma: where the model was
+    evaluated. x: the new state [B, C, *], a copy, in the dtype of the noise. denoised: the predicted clean sample D of this
+    evaluation, a copy. level: alpha, sigma and lam of x: what a known image is noised to before it is blended in.
+    """
+
+    step: int
+    row: int
+    timestep: float
+    sigma: float
+    x: Array
+    denoised: Array
+    level: Level
+
+
+class Run:
+    """One run. Everything is checked in the constructor; `events` runs it; `result` is the last state, a new array."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        noise: Array,
+        cond: Cond | None,
+        uncond: Cond | None,
+        conds: Mapping[str, Cond] | None,
+        seeds: int | Sequence[int] | None,
+        generator: Any,
+        noises: Sequence[Array] | None,
+        blend: Callable[[Event], Array] | None,
+        *,
+        events: bool,
+    ) -> None:
+        self.sampler, self.model, self.plan = sampler, sampler.model, sampler.plan
+        self.blend, self.wants_events = blend, events
+        self.shape, self.dtype, self.like = check_noise(noise), arrays.dtype_name(noise), noise
+        self.batch = self.shape[0]
+        if blend is not None and not self.plan.editable:
+            raise ValueError("blend: compile the plan with editable=True, so that it stays exact when x is changed")
+        given = {"seeds": seeds, "generator": generator, "noises": noises}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise ValueError(f"{named[1]}: expected one source of noise, got {' and '.join(named)}")
+        self.seeds = None if seeds is None else check_seeds(seeds, self.batch)
+        self.draws = Draws(self.plan, noise, generator, noises)
+        self.batched = sampler.guidance is None or sampler.guidance.batched
+        self.branches: tuple[str, ...] = ("cond",)
+        weights = np.ones((self.plan.evaluations, self.batch, 1))
+        if sampler.guidance is not None:
+            self.branches = sampler.guidance.branches
+            weights = sampler.guidance.weights(sampler.guidance.scales(self.plan, self.batch))
+        active = weights != 0
+        by_branch = self._conditions(cond, uncond, conds, active.any(axis=(0, 1)))
+        on_cpu = isinstance(noise, np.ndarray) or noise.device.type == "cpu"
+        if sampler.backend == "native" and not on_cpu:
+            raise ValueError(f"noise: the native back end runs on the CPU, got a tensor on {noise.device}")
+        self.is_numpy = isinstance(noise, np.ndarray)
+        self.device = None if self.is_numpy else noise.device
+        self.step: NativeStep | ReferenceStep | None = None
+        if 0 in self.shape:  # nothing to sample
+            return
+        self.launch = self._buffers(weights)
+        self.output_dtype: Any = self.launch.inputs[0].dtype
+        self.routes = self._routes(active, by_branch)
+        runner = NativeStep if sampler.backend != "reference" and native.C is not None and on_cpu else ReferenceStep
+        self.step = runner(self.launch)
+
+    # ---- setting up -------------------------------------------------------------------------------------------
+    def _conditions(
+        self, cond: Cond | None, uncond: Cond | None, conds: Mapping[str, Cond] | None, needed: NDArray[np.bool_]
+    ) -> list[Cond]:
+        """The conditions of each branch; a branch that is never run needs none."""
+        given: dict[str, Cond] = {} if conds is None else dict(conds)
+        for name, value in (("cond", cond), ("uncond", uncond)):
+            if value is None:
+                continue
+            if name in given:
+                raise ValueError(f"{name}: given by itself and in conds")
+            given[name] = value
+        unknown = set(given) - set(self.branches)
+        if unknown - {"uncond"}:  # an unconditional branch that the guidance does not run is no mistake
+            raise ValueError(f"conds: the branches are {', '.join(self.branches)}, got {sorted(unknown)}")
+        for name, value in given.items():
+            check(name, value, self.batch)
+        if len(self.branches) == 1:
+            return [given.get(self.branches[0], {})]
+        for name, used in zip(self.branches, needed, strict=True):
+            if used and name not in given:
+                raise ValueError(f"{name}: {self.sampler.guidance!r} runs this branch and needs its conditions ({{}} if none)")
+        return [given.get(name, {}) for name in self.branches]
+
+    def _buffers(self, weights: NDArray[np.float64]) -> Launch:
+        plan, K, S = self.plan, len(self.branches), self.plan.slots
+        state_dtype = "float64" if self.dtype == "float64" else "float32"
+        state = arrays.empty((S, *self.shape), state_dtype, self.like)
+        arrays.copy_into(state[0], self.like)
+        rows, count = (self.batch * K, 1) if self.batched else (self.batch, K)
+        whole = self.model.time == "timestep" and bool((plan.timestep == np.round(plan.timestep)).all())
+        told = time_dtype(whole, state_dtype == "float64")
+        inputs = [arrays.empty((rows, *self.shape[1:]), self.model.dtype or self.dtype, self.like) for _ in range(count)]
+        times = [arrays.empty((rows,), told, self.like) for _ in range(count)]
+        shared = bool((weights == weights[:, :1]).all())
+        blocks = np.zeros((1 if shared else self.batch, plan.evaluations + 1, weights_width(K, S, 0)))
+        blocks[:, 1:, :K] = np.swapaxes(weights[:, :1] if shared else weights, 0, 1)
+        supplied = plan.stochastic_rows and self.seeds is None
+        return Launch(
+            state=state,
+            inputs=inputs * (K // count),
+            times=times * (K // count),
+            tables=self.sampler._table(state_dtype),
+            weights=blocks.astype(state_dtype).ravel(),
+            samples=place_samples(self.batch, plan.evaluations + 1, S, self.seeds, 0 if shared else blocks[0].size),
+            noise=arrays.empty(self.shape, state_dtype, self.like) if supplied else None,
+            denoised=arrays.empty(self.shape, state_dtype, self.like) if self.wants_events else None,
+            check=self.sampler.check != "off",
+        )
+
+    def _routes(self, active: NDArray[np.bool_], conds: list[Cond]) -> list[Routing]:
+        """One routing per evaluation; evaluations that run the same branches of the same samples share it."""
+        known: dict[bytes, Routing] = {}
+        routes = []
+        for here in active:
+            key = here.tobytes()
+            if key not in known:
+                known[key] = routing = route(here, self.batched)
+                for call in routing.calls:
+                    buffer = call.members[0][0]
+                    call.x, call.t = self.launch.inputs[buffer][: call.size], self.launch.times[buffer][: call.size]
+                    call.cond = stack(conds, call, self.batch)
+                    call.shape, call.branch = tuple(call.x.shape), buffer
+                    call.low = arrays.pointer(call.x)
+                    call.high = call.low + self.launch.inputs[buffer].nbytes
+            routes.append(known[key])
+        return routes
+
+    # ---- running ----------------------------------------------------------------------------------------------
+    def events(self) -> Iterator[Event | None]:
+        """Run; yields after each evaluation, an event if anyone wants them."""
+        if self.step is None:
+            return
+        plan, step, draws, model = self.plan, self.step, self.draws, self.model
+        noisy = set(plan.stochastic_rows) if self.seeds is None else ()
+        nowhere = np.full((self.batch, len(self.branches)), -1, np.int32)
+        bar = _bar(plan.evaluations) if self.sampler.progress else None
+        for i in range(plan.evaluations + 1):
+            here = self.routes[i] if i < plan.evaluations else None
+            outputs: list[Array] = []
+            if i:
+                calls = self.routes[i - 1].calls
+                outputs = [self._accepted(model(call.x, call.t, **call.cond), call) for call in calls]
+                if not self.batched:
+                    outputs = self._by_branch(outputs, calls)
+            if i in noisy:
+                draws.fill(self.launch.noise, i)
+            if noisy:
+                step.use_noise(i in noisy)
+            step.advance(outputs, nowhere if i == 0 else self.routes[i - 1].index, nowhere if here is None else here.index)
+            if i:
+                if bar is not None:
+                    bar.update()
+                yield self._event(i - 1) if self.wants_events else None
+        if bar is not None:
+            bar.close()
+        self._report()
+
+    def _by_branch(self, outputs: list[Array], calls: list[Call]) -> list[Array]:
+        by_branch: list[Array] = [None] * len(self.branches)
+        for call, output in zip(calls, outputs, strict=True):
+            if output.dtype != outputs[0].dtype:
+                raise TypeError(f"model: the branches came as {outputs[0].dtype} and {output.dtype}; expected one dtype")
+            by_branch[call.branch] = output
+        return by_branch
+
+    def _accepted(self, out: Array, call: Call) -> Array:
+        """The model's output, checked; copied only where the kernel cannot walk it or it lies in the model's own input."""
+        if out.shape != call.shape or out.dtype != self.output_dtype:
+            self._check_output(out, call)
+        if self.is_numpy:
+            clean = out.flags.c_contiguous and not np.may_share_memory(out, call.x)
+        else:
+            if out.requires_grad or out.device != self.device:
+                self._check_output(out, call)
+            clean = out.is_contiguous() and not call.low <= out.data_ptr() < call.high
+        return out if clean else self._walkable(out, call)
+
+    def _check_output(self, out: Array, call: Call) -> None:
+        if not arrays.is_array(out) or isinstance(out, np.ndarray) != self.is_numpy:
+            kind = "a numpy array" if self.is_numpy else "a torch tensor"
+            raise TypeError(f"model: expected {kind} as output, like the noise, got {type(out).__name__}")
+        if tuple(out.shape) != call.shape:
+            raise ValueError(f"model: expected an output of shape {call.shape}, got {tuple(out.shape)}")
+        if arrays.dtype_name(out) not in arrays.FLOATS:
+            raise TypeError(f"model: expected an output of {', '.join(arrays.FLOATS)}, got {arrays.dtype_name(out)}")
+        if not self.is_numpy and out.device != self.device:
+            raise ValueError(f"model: expected an output on {self.device}, like the noise, got {out.device}")
+        if not self.is_numpy and out.requires_grad:
+            raise ValueError("model: the output requires grad, and sampling is not differentiable; detach it")
+        self.output_dtype = out.dtype
+
+    def _walkable(self, out: Array, call: Call) -> Array:
+        overlaps = np.may_share_memory(out, call.x) if self.is_numpy else call.low <= out.data_ptr() < call.high
+        walks = arrays.merged_strides(call.shape, arrays.strides(out)) is not None
+        return out if walks and not overlaps else arrays.cast(out, arrays.dtype_name(out))
+
+    def _event(self, i: int) -> Event:
+        plan, a = self.plan, self.launch
+        copies = [arrays.cast(array, self.dtype) for array in (a.state[0], a.denoised)]
+        event = Event(int(plan.step[i]), i, float(plan.timestep[i]), float(plan.sigma[i]), *copies, plan.level(i + 1))
+        if self.blend is None:
+            return event
+        x = self.blend(event)
+        if not arrays.is_array(x) or tuple(x.shape) != self.shape:
+            got = tuple(x.shape) if arrays.is_array(x) else type(x).__name__
+            raise ValueError(f"blend: expected an array of shape {self.shape} in place of event.x, got {got}")
+        arrays.copy_into(a.state[0], x)
+        if i + 1 < plan.evaluations:
+            assert self.step is not None
+            self.step.refresh()
+        return replace(event, x=x)
+
+    def _report(self) -> None:
+        if self.sampler.check == "off":
+            return
+        bad = (self.launch.samples["flags"] & NONFINITE) != 0
+        self.sampler.nonfinite = bad
+        if self.sampler.check == "raise" and bad.any():
+            raise FloatingPointError(f"samples {np.flatnonzero(bad).tolist()} met NaN or infinity")
+
+    def result(self) -> Array:
+        """The last state, a new array in the dtype of the noise."""
+        return arrays.cast(self.like if self.step is None else self.launch.state[0], self.dtype)
+
+
+class Draws:
+    """Noise from outside for the noisy rows of a plan: supplied arrays, generators, or the global generator."""
+
+    def __init__(self, plan: Plan, like: Array, generator: Any, noises: Sequence[Array] | None) -> None:
+        self.like, self.generator = like, generator
+        self.order = {row: k for k, row in enumerate(plan.stochastic_rows)}
+        self.noises = None if noises is None else list(noises)
+        shape = tuple(like.shape)
+        if self.noises is not None:
+            if len(self.noises) != len(self.order):
+                raise ValueError(f"noises: the plan has {len(self.order)} noisy rows, got {len(self.noises)} arrays")
+            for k, z in enumerate(self.noises):
+                if type(z) is not type(like) or tuple(z.shape) != shape:
+                    raise ValueError(f"noises[{k}]: expected {type(like).__name__} {shape}, got {type(z).__name__} {tuple(np.shape(z))}")
+        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
+            raise ValueError(f"generator: expected one, or one per sample ({shape[0]}), got {len(generator)}")
+
+    def fill(self, buffer: Array, row: int) -> None:
+        """Standard normals of a noisy row into buffer [B, C, *]."""
+        if self.noises is not None:
+            arrays.copy_into(buffer, self.noises[self.order[row]])
+        elif isinstance(self.generator, (list, tuple)):
+            for place, generator in zip(buffer, self.generator, strict=True):
+                arrays.copy_into(place, self._normal(tuple(place.shape), generator))
+        else:
+            arrays.copy_into(buffer, self._normal(tuple(buffer.shape), self.generator))
+
+    def _normal(self, shape: tuple[int, ...], generator: Any) -> Array:
+        if isinstance(self.like, np.ndarray):
+            source = np.random if generator is None else generator
+            return source.standard_normal(shape).astype(self.like.dtype)
+        import torch
+
+        # drawn where the generator lives and in the dtype of the noise, as diffusers draws it
+        device = self.like.device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=device, dtype=self.like.dtype).to(self.like.device)
+
+
+def check_noise(noise: Array) -> tuple[int, ...]:
+    """The shape of the initial state; TypeError or ValueError naming noise."""
+    if not arrays.is_array(noise):
+        raise TypeError(f"noise: expected a numpy array or a torch tensor [B, C, *], got {type(noise).__name__}")
+    if arrays.dtype_name(noise) not in arrays.FLOATS:
+        raise TypeError(f"noise: expected {', '.join(arrays.FLOATS)}, got {arrays.dtype_name(noise)}")
+    if noise.ndim < 2:
+        raise ValueError(f"noise: expected [B, C, *], got shape {tuple(noise.shape)}")
+    if arrays.is_torch(noise) and noise.requires_grad:
+        raise ValueError("noise: requires grad, and sampling is not differentiable; detach it")
+    return tuple(noise.shape)
+
+
+def time_column(plan: Plan, time: str) -> NDArray[np.float64]:
+    """What the model is told at each evaluation [R], in its time convention."""
+    if time == "timestep":
+        return plan.timestep
+    if time == "unit":
+        return plan.timestep / plan.train_steps
+    if time == "sigma":
+        return plan.sigma
+    if (plan.alpha == 0).any():
+        raise ValueError("time: c_noise = log(sigma / alpha) / 4 is not defined at alpha = 0, where this plan starts")
+    return np.asarray(np.log(plan.sigma / plan.alpha) / 4, np.float64)
+
+
+def _bar(total: int) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total)

@@ -1,0 +1,381 @@
+"""The sampling loop: what the model sees, how often it is called, what comes out, and where it may be changed."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import pyguide
+from pyguide import CFG, Sampler, schedules, solvers
+
+VP = schedules.scaled_linear()
+PLANS = {
+    "ddim": pyguide.compile("ddim", VP.path(12)),
+    "ddim_clip": pyguide.compile("ddim", VP.path(12), clip=1.0),
+    "ancestral": pyguide.compile("euler_ancestral", VP.path(12)),
+    "heun_churn": pyguide.compile("heun", schedules.edm().path(8), prediction="edm", s_churn=4.0),
+    "dpmpp_2m": pyguide.compile("dpmpp_2m", VP.path(12)),
+    "unipc": pyguide.compile("unipc", VP.path(12)),
+    "flow": pyguide.compile("euler", schedules.flow(3.0).path(12), prediction="flow"),
+}
+STOCHASTIC = ("ancestral", "heun_churn")
+SHAPES = {"image": (3, 4, 8, 8), "odd": (3, 3, 7, 5), "tokens": (3, 17, 6), "video": (2, 4, 3, 5, 5), "flat": (3, 2)}
+
+
+def network(x, t, y=None):
+    """Smooth, bounded, elementwise and the same on numpy and torch: what batch it is in does not matter to a row."""
+    tanh = np.tanh if isinstance(x, np.ndarray) else torch.tanh
+    shift = 0.0 if y is None else y.reshape(-1, *[1] * (x.ndim - 1)) * 0.1
+    return tanh(x * 0.5) + shift
+
+
+def conditions(batch, like=None):
+    y, zero = torch.arange(batch, dtype=torch.float32) + 1, torch.zeros(batch)
+    if isinstance(like, np.ndarray):
+        y, zero = y.numpy(), zero.numpy()
+    return {"cond": {"y": y}, "uncond": {"y": zero}}
+
+
+class Counting:
+    """A model that remembers how many rows each call had and what it was told."""
+
+    def __init__(self):
+        self.rows, self.times, self.conds = [], [], []
+
+    def __call__(self, x, t, **cond):
+        self.rows.append(len(x))
+        self.times.append(t.clone() if torch.is_tensor(t) else t.copy())
+        self.conds.append(cond)
+        return network(x, t, cond.get("y"))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_equals_the_solver_run_in_float64(name, shape, backend):
+    plan = PLANS[name]
+    noise = pyguide.randn(3, shape, like=torch.empty(0)) * plan.init_scale
+    given = conditions(shape[0])
+    rng = torch.Generator().manual_seed(0)
+    draws = [torch.randn(shape, generator=rng) for _ in plan.stochastic_rows]
+    got = Sampler(network, plan, CFG(3.0), backend=backend)(noise, **given, noises=draws)
+    left = iter(draws)
+
+    def guided(x, t):
+        out = [network(x, t, given[k]["y"].double()) for k in ("uncond", "cond")]
+        return -2.0 * out[0] + 3.0 * out[1]
+
+    kind = {"ddim_clip": ("ddim", {"clip": 1.0}), "ancestral": ("euler_ancestral", {}), "flow": ("euler", {})}
+    kind["heun_churn"] = ("heun", {"s_churn": 4.0})
+    solver, options = kind.get(name, (name, {}))
+    path = {"flow": schedules.flow(3.0).path(12), "heun_churn": schedules.edm().path(8)}.get(name, VP.path(12))
+    want = solvers.sample(
+        solver, guided, noise.double(), path, prediction=plan.prediction, noise=lambda i: next(left).double(), **options
+    )
+    # float32 rounding of R steps on values of this size, the solver's coefficients being near 1
+    bound = 8 * 2.0**-24 * plan.evaluations * max(1.0, float(want.abs().max()), plan.init_scale)
+    assert float((got.double() - want).abs().max()) <= bound
+    assert got.dtype == torch.float32 and got.shape == noise.shape
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_numpy_and_torch_are_the_same_bits(name):
+    plan = PLANS[name]
+    noise = pyguide.randn(5, (2, 3, 4, 4)) * np.float32(plan.init_scale)
+    free = lambda x, t, y=None: x * 0.25  # noqa: E731  exact in both libraries
+    a = Sampler(free, plan, CFG(2.0))(noise, **conditions(2, noise), seeds=9)
+    b = Sampler(free, plan, CFG(2.0))(torch.from_numpy(noise), **conditions(2), seeds=9)
+    assert isinstance(a, np.ndarray) and a.tobytes() == b.numpy().tobytes()
+
+
+def test_branches_are_stacked_uncond_first():
+    model = Counting()
+    Sampler(model, PLANS["ddim"], CFG(3.0))(torch.randn(2, 3, 4, 4), **conditions(2))
+    assert model.rows == [4] * 12
+    assert model.conds[0]["y"].tolist() == [0, 0, 1, 2]
+    assert [t.tolist() for t in model.times] == [[int(t)] * 4 for t in PLANS["ddim"].timestep]
+    assert model.times[0].dtype == torch.int64
+
+
+def test_scales_of_exactly_0_and_1_and_the_interval_run_one_branch():
+    def rows(guidance, batch=2):
+        model = Counting()
+        Sampler(model, PLANS["ddim"], guidance)(torch.randn(batch, 3, 4, 4), **conditions(batch))
+        return model
+
+    assert rows(CFG(1.0)).rows == [2] * 12 and rows(CFG(1.0)).conds[0]["y"].tolist() == [1, 2]
+    assert rows(CFG(0.0)).conds[0]["y"].tolist() == [0, 0]
+    assert rows(CFG(3.0, interval=(0.25, 0.5))).rows == [2] * 3 + [4] * 3 + [2] * 6
+    sigma = PLANS["ddim"].sigma
+    inside = rows(CFG(3.0, sigma_interval=(sigma[8], sigma[2])))
+    assert inside.rows == [2, 2] + [4] * 6 + [2] * 4
+    assert rows(CFG(lambda step, steps: 3.0 if step % 2 else 1.0)).rows == [2, 4] * 6
+    mixed = rows(CFG([1.0, 0.0, 4.0]), batch=3)  # uncond: samples 1 and 2; cond: samples 0 and 2
+    assert mixed.rows == [4] * 12 and mixed.conds[0]["y"].tolist() == [0, 0, 1, 3]
+    assert rows(CFG(3.0, batched=False)).rows == [2, 2] * 12
+
+
+def test_all_evaluations_of_a_step_are_guided_alike():
+    plan, model = pyguide.compile("heun", VP.path(6)), Counting()
+    Sampler(model, plan, CFG(3.0, interval=(0.5, 1.0)))(torch.randn(1, 3, 4, 4), **conditions(1))
+    assert model.rows == [1] * 6 + [2] * 5
+    low, high = plan.sigma[8], plan.sigma[4]  # of the steps 4 and 2: the interval is (low, high]
+    model = Counting()
+    Sampler(model, plan, CFG(3.0, sigma_interval=(low, high)))(torch.randn(1, 3, 4, 4), **conditions(1))
+    assert model.rows == [1] * 4 + [2] * 4 + [1] * 3
+
+
+def test_scale_1_is_the_conditional_model_bit_for_bit():
+    plan, noise = PLANS["unipc"], torch.randn(2, 3, 4, 4)
+    given = conditions(2)
+    alone = Sampler(network, plan)(noise, cond=given["cond"])
+    assert torch.equal(Sampler(network, plan, CFG(1.0))(noise, **given), alone)
+    assert torch.equal(Sampler(network, plan, CFG(1.0))(noise, cond=given["cond"]), alone)  # uncond is not needed
+    assert torch.equal(Sampler(network, plan, CFG(0.0))(noise, **given), Sampler(network, plan)(noise, cond=given["uncond"]))
+
+
+def test_sequential_and_batched_branches_agree_bit_for_bit():
+    noise = torch.randn(3, 3, 5, 5)
+    for scale in (3.0, torch.tensor([1.0, 0.0, 4.0]), lambda step, steps: 1.0 + step):
+        batched = Sampler(network, PLANS["dpmpp_2m"], CFG(scale))(noise, **conditions(3))
+        assert torch.equal(Sampler(network, PLANS["dpmpp_2m"], CFG(scale, batched=False))(noise, **conditions(3)), batched)
+
+
+def test_nested_conditions_and_values_that_are_not_arrays():
+    seen = []
+
+    def model(x, t, *, text, added, flag):
+        seen.append((text.shape, added["time_ids"].tolist(), flag))
+        return x * 0.1
+
+    cond = {"text": torch.ones(2, 7, 3), "added": {"time_ids": torch.tensor([[1.0], [2.0]])}, "flag": "on"}
+    uncond = {"text": torch.zeros(2, 7, 3), "added": {"time_ids": torch.zeros(2, 1)}, "flag": "on"}
+    Sampler(model, PLANS["ddim"], CFG(2.0))(torch.randn(2, 3, 4, 4), cond=cond, uncond=uncond)
+    assert seen[0] == ((4, 7, 3), [[0.0], [0.0], [1.0], [2.0]], "on")
+
+
+def test_the_callers_arrays_are_left_alone_and_the_result_is_its_own():
+    noise = torch.randn(2, 3, 4, 4)
+    before, given = noise.clone(), conditions(2)
+    sampler = Sampler(network, PLANS["dpmpp_2m"], CFG(2.0))
+    first = sampler(noise, **given)
+    kept = first.clone()
+    second = sampler(noise, **given)
+    assert torch.equal(noise, before) and torch.equal(first, kept) and torch.equal(first, second)
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    assert first.untyped_storage().nbytes() == first.nbytes  # not a view of a larger buffer
+    z = [torch.randn(2, 3, 4, 4) for _ in PLANS["ancestral"].stochastic_rows]
+    copies = [x.clone() for x in z]
+    Sampler(network, PLANS["ancestral"])(noise, noises=z)
+    assert all(torch.equal(a, b) for a, b in zip(z, copies, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_of_model_state_and_result(dtype):
+    seen = set()
+
+    def model(x, t):
+        seen.add((x.dtype, t.dtype))
+        return x * 0.1
+
+    noise = torch.randn(2, 3, 4, 4, dtype=dtype)
+    out = Sampler(model, PLANS["unipc"])(noise)
+    told = torch.float64 if dtype == torch.float64 else torch.int64
+    assert out.dtype == dtype and seen == {(dtype, told)}
+
+
+def test_a_module_decides_the_dtype_of_its_input_and_an_output_may_have_another():
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.25, dtype=torch.float16))
+
+        def forward(self, x, t):
+            assert x.dtype == torch.float16
+            return (x * self.scale).float()
+
+    noise = torch.randn(2, 3, 4, 4)
+    out = Sampler(Half(), PLANS["dpmpp_2m"])(noise)
+    assert out.dtype == torch.float32
+    want = Sampler(lambda x, t: x.half().float() * 0.25, PLANS["dpmpp_2m"])(noise)
+    torch.testing.assert_close(out, want, rtol=0, atol=2e-3)
+
+
+def test_outputs_in_any_memory_format_and_outputs_that_are_the_input():
+    noise = torch.randn(2, 3, 4, 6)
+    want = Sampler(lambda x, t: x * 0.25, PLANS["unipc"])(noise)
+    formats = {
+        "channels_last": lambda y: y.contiguous(memory_format=torch.channels_last),
+        "slice of 2C": lambda y: torch.cat([y, y * torch.nan], 1)[:, :3],
+        "transposed": lambda y: y.transpose(2, 3).contiguous().transpose(2, 3),
+        "every second": lambda y: torch.stack([y, y * torch.nan], -1)[..., 0],
+    }
+    for name, shuffle in formats.items():
+        out = Sampler(lambda x, t, shuffle=shuffle: shuffle(x * 0.25), PLANS["unipc"])(noise)
+        assert torch.equal(out, want), name
+    want = Sampler(lambda x, t: x.clone(), PLANS["unipc"], CFG(2.0))(noise, **{k: {} for k in ("cond", "uncond")})
+    for same in (lambda x, t: x, lambda x, t: x.view(x.shape)):
+        assert torch.equal(Sampler(same, PLANS["unipc"], CFG(2.0))(noise, cond={}, uncond={}), want)
+    numbers = noise.numpy()
+    assert np.array_equal(Sampler(lambda x, t: x, PLANS["unipc"])(numbers), Sampler(lambda x, t: x.copy(), PLANS["unipc"])(numbers))
+
+
+@pytest.mark.parametrize("time", ["timestep", "unit", "sigma", "c_noise"])
+def test_time_conventions(time):
+    plan, told = PLANS["dpmpp_2m"], []
+    model = pyguide.models.wrap(lambda x, t: (told.append(float(t[0])), x * 0.1)[1], time=time)
+    Sampler(model, plan)(torch.randn(1, 3, 2, 2, dtype=torch.float64))
+    want = {
+        "timestep": plan.timestep,
+        "unit": plan.timestep / 1000,
+        "sigma": plan.sigma,
+        "c_noise": np.log(plan.sigma / plan.alpha) / 4,
+    }[time]
+    np.testing.assert_array_equal(told, want)
+
+
+# ---- noise ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_generators_draw_once_for_each_noisy_row(name):
+    plan, noise = PLANS[name], torch.randn(2, 3, 4, 4)
+    sampler = Sampler(network, plan)
+    rng = torch.Generator().manual_seed(1)
+    draws = [torch.randn(noise.shape, generator=rng) for _ in plan.stochastic_rows]
+    want = sampler(noise, noises=draws)
+    assert torch.equal(sampler(noise, generator=torch.Generator().manual_seed(1)), want)
+    torch.manual_seed(1)
+    assert torch.equal(sampler(noise), want)  # torch's global generator
+    each = [torch.Generator().manual_seed(s) for s in (4, 5)]
+    alone = [sampler(noise[i : i + 1], generator=torch.Generator().manual_seed(4 + i)) for i in range(2)]
+    assert torch.equal(sampler(noise, generator=each), torch.cat(alone))
+    rng = np.random.default_rng(2)
+    draws = [rng.standard_normal(noise.shape).astype(np.float32) for _ in plan.stochastic_rows]
+    numbers = noise.numpy()
+    assert np.array_equal(sampler(numbers, generator=np.random.default_rng(2)), sampler(numbers, noises=draws))
+
+
+def test_initial_noise_and_step_noise_are_different_streams():
+    plan = PLANS["ancestral"]
+    zero = lambda x, t: x * 0  # noqa: E731
+    silent = [torch.zeros(1, 4, 8, 8) for _ in plan.stochastic_rows]
+    noise = pyguide.randn(11, (1, 4, 8, 8), like=torch.empty(0))
+    added = Sampler(zero, plan)(noise, seeds=11) - Sampler(zero, plan)(noise, noises=silent)
+    correlation = float(torch.corrcoef(torch.stack([added.flatten(), noise.flatten()]))[0, 1])
+    assert abs(correlation) < 5 / 16  # 5 / sqrt(256 elements): independent streams stay inside, equal ones give 1
+
+
+# ---- events -----------------------------------------------------------------------------------------------------
+
+
+def test_stream_callback_and_call_are_the_same_run():
+    plan, noise = pyguide.compile("heun", VP.path(5)), torch.randn(2, 3, 4, 4)
+    sampler, heard = Sampler(network, plan, CFG(2.0)), []
+    want = sampler(noise, **conditions(2))
+    events = list(sampler.stream(noise, **conditions(2)))
+    assert torch.equal(sampler(noise, **conditions(2), callback=heard.append), want)
+    assert [e.row for e in events] == list(range(9)) and [e.step for e in events] == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert [e.sigma for e in events] == plan.sigma.tolist() and [e.timestep for e in events] == plan.timestep.tolist()
+    assert torch.equal(events[-1].x, want) and torch.equal(events[-1].denoised, want)  # it ends at the clean sample
+    assert all(torch.equal(a.x, b.x) and torch.equal(a.denoised, b.denoised) for a, b in zip(events, heard, strict=True))
+    assert len({e.x.data_ptr() for e in events}) == 9  # copies, not views of one buffer
+    assert events[-1].level.sigma == 0 and events[0].level.sigma == plan.sigma[1]
+
+
+def test_a_stream_does_not_change_the_callers_grad_mode():
+    stream = Sampler(network, PLANS["ddim"]).stream(torch.randn(1, 3, 4, 4))
+    next(stream)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "unipc", "heun"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_blend_answers_edits_as_the_solver_edited_in_place(solver, backend):
+    path = VP.path(8)
+    plan = pyguide.compile(solver, path, editable=True)
+    known = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    fixed, mask = torch.randn(1, 3, 4, 4, dtype=torch.float64), torch.rand(1, 3, 4, 4) < 0.5
+    noise = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+
+    def inpaint(x, level):
+        return torch.where(mask, x, level.alpha * known + level.sigma * fixed)
+
+    got = Sampler(network, plan, backend=backend)(noise, blend=lambda event: inpaint(event.x, event.level))
+    count = iter(range(plan.evaluations))
+
+    def edited(x, t):  # the reference: the tensor that the solver gives to the model is changed in place
+        i = next(count)
+        if i:
+            x.copy_(inpaint(x, plan.level(i)))
+        return network(x, t)
+
+    want = inpaint(solvers.sample(solver, edited, noise.clone(), path), plan.level(plan.evaluations))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+    assert torch.equal(got[~mask], known[~mask])
+
+
+def test_blend_needs_an_editable_plan():
+    with pytest.raises(ValueError, match="blend.*editable"):
+        Sampler(network, PLANS["dpmpp_2m"])(torch.randn(1, 3, 4, 4), blend=lambda event: event.x)
+
+
+def test_progress_counts_evaluations(capsys):
+    Sampler(network, PLANS["ddim"], progress=True)(torch.randn(1, 3, 4, 4))
+    assert "12/12" in capsys.readouterr().err
+
+
+# ---- reliability ------------------------------------------------------------------------------------------------
+
+
+def test_check_reports_the_samples_that_met_nan():
+    def poisoned(x, t):
+        out = x * 0.1
+        out[1, 0, 0, 0] = torch.nan
+        return out
+
+    noise = torch.randn(3, 3, 4, 4)
+    for backend in ("native", "reference"):
+        flagged = Sampler(poisoned, PLANS["ddim"], check="flag", backend=backend)
+        out = flagged(noise)
+        assert flagged.nonfinite.tolist() == [False, True, False]
+        assert torch.isnan(out[1, 0, 0, 0]) and torch.isfinite(out[[0, 2]]).all()  # NaN in, NaN out
+        with pytest.raises(FloatingPointError, match=r"\[1\]"):
+            Sampler(poisoned, PLANS["ddim"], check="raise", backend=backend)(noise)
+    clipped = Sampler(poisoned, PLANS["ddim_clip"])(noise)
+    assert torch.isnan(clipped[1, 0, 0, 0])  # a clip does not turn NaN into its bound
+
+
+def test_one_sampler_serves_several_threads():
+    sampler, noise = Sampler(network, PLANS["unipc"], CFG(2.0)), torch.randn(2, 3, 16, 16)
+    want, got = sampler(noise, **conditions(2)), [None] * 4
+
+    def work(i):
+        got[i] = sampler(noise, **conditions(2))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(torch.equal(out, want) for out in got)
+
+
+def test_it_runs_inside_inference_mode_and_on_empty_batches():
+    noise = torch.randn(2, 3, 4, 4)
+    want = Sampler(network, PLANS["dpmpp_2m"])(noise)
+    with torch.inference_mode():
+        assert torch.equal(Sampler(network, PLANS["dpmpp_2m"])(noise), want)
+    assert Sampler(network, PLANS["ddim"])(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+
+
+def test_what_is_written_through_pointers_counts_as_changed():
+    versions = []
+
+    def model(x, t):
+        versions.append((x._version, t._version))
+        return x * 0.1
+
+    Sampler(model, PLANS["ddim"])(torch.randn(1, 3, 4, 4))
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in zip(versions, versions[1:], strict=False))
