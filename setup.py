@@ -43,6 +43,7 @@ class BuildNative(build_ext):
     def run(self) -> None:
         note = ROOT / "pyguide" / "_build_error.txt"
         note.unlink(missing_ok=True)
+        inplace = self.inplace  # setuptools clears it while it builds
         try:
             if NATIVE == "0":
                 raise RuntimeError("built with PYGUIDE_NATIVE=0")
@@ -51,7 +52,10 @@ class BuildNative(build_ext):
             if NATIVE == "1":
                 raise
             note.write_text(f"{error}\n")
-            if not self.inplace:
+            if inplace:
+                for stale in note.parent.glob("_C.*.so"):
+                    stale.unlink()
+            else:
                 target = Path(self.build_lib, "pyguide", note.name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(f"{error}\n")
@@ -80,8 +84,12 @@ class BuildNative(build_ext):
             source, name, defines, flags = job
             folder = os.path.join(self.build_temp, name)
             return self.compiler.compile(
-                [source], folder, macros=defines, include_dirs=[*include, *self.compiler.include_dirs],
-                extra_postargs=[*FLAGS, *flags], depends=ext.depends,
+                [source],
+                folder,
+                macros=defines,
+                include_dirs=[*include, *self.compiler.include_dirs],
+                extra_postargs=[*FLAGS, *flags],
+                depends=ext.depends,
             )
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -94,6 +102,6 @@ class BuildNative(build_ext):
 setup(
     packages=[*find_packages(include=["pyguide", "pyguide.*"]), "pyguide.kernels"],
     package_dir={"pyguide": "pyguide", "pyguide.kernels": "kernels"},
-    ext_modules=[Extension("pyguide._C", ["csrc/bindings.cpp"], depends=[str(p) for p in sorted(ROOT.glob("csrc/*.*"))])],
+    ext_modules=[Extension("pyguide._C", ["csrc/bindings.cpp"], depends=sorted(map(str, ROOT.glob("csrc/*.*"))))],
     cmdclass={"build_ext": BuildNative},
 )

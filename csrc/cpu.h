@@ -4,11 +4,13 @@
 
 namespace pyguide {
 
-constexpr int64_t BLOCK = 512;  // elements: the unit of the thread split and of the L1 scratch; a multiple of 4 (Philox)
+constexpr int64_t BLOCK =
+    512;  // elements: the unit of the thread split and of the L1 scratch; a multiple of 4 (Philox)
 
 struct Kernel {
   const char* name;
-  // Elements [begin, end) of sample b, begin a multiple of BLOCK. True if a written s'_0 is not finite (only with args.check).
+  // Elements [begin, end) of sample b, begin a multiple of BLOCK. True if a written s'_0 is not finite (only with
+  // args.check).
   bool (*step)(const StepArgs& args, int64_t b, int64_t begin, int64_t end, bool refresh);
   // Standard normals of elements [first, first + count) to `to` of type F32, F16, BF16 or F64.
   void (*normals)(void* to, Type type, int64_t first, int64_t count, uint64_t seed, uint32_t ordinal, uint32_t tag);
@@ -16,13 +18,14 @@ struct Kernel {
 
 extern const Kernel kernel_baseline, kernel_avx2, kernel_avx512;
 
-int kernel_count();                    // instruction sets that this build has and this machine (with its system) runs
-const Kernel* kernel_at(int i);        // slowest first
-const Kernel* current_kernel();        // the fastest, unless one was chosen
+int kernel_count();              // instruction sets that this build has and this machine (with its system) runs
+const Kernel* kernel_at(int i);  // slowest first
+const Kernel* current_kernel();  // the fastest, unless one was chosen
 void choose_kernel(const Kernel* kernel);
 bool has_openmp();
 
-// The step (or only the model inputs, with `refresh`) of the `count` samples listed in `active`, over threads.
-void execute(const StepArgs& args, const int32_t* active, int64_t count, bool refresh);
+// The step (or only the model inputs, with `refresh`) of the `count` samples listed in `active`, over threads;
+// `philox` says that some of them draw normals.
+void execute(const StepArgs& args, const int32_t* active, int64_t count, bool refresh, bool philox);
 
 }  // namespace pyguide

@@ -1,10 +1,11 @@
-// Counter-based noise: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and normals.
+// Counter-based noise: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and
+// normals.
 //
 //   key = seed (lo, hi), counter = (q lo, q hi, ordinal, tag), q = element / 4, lane = element % 4
 //   u = (x_even + 1/2) 2^-32, v = (x_odd + 1/2) 2^-32, r = sqrt(-2 log u), z = r cos(2 pi v), r sin(2 pi v)
 //
-// U is a vector (or one) of uint32 with +, ^ and mul_hilo; F of float. In float |z - z*| <= 4 * 2^-24 r: the uniform keeps all
-// 33 bits as an unevaluated pair, and the angle is reduced exactly in integers.
+// U is a vector (or one) of uint32 with +, ^ and mul_hilo; F of float. In float |z - z*| <= 4 * 2^-24 r: the uniform
+// keeps all 33 bits as an unevaluated pair, and the angle is reduced exactly in integers.
 #pragma once
 #include <math.h>
 
@@ -45,7 +46,8 @@ PG_INLINE void box_muller(U x, U y, F& cosine, F& sine) {
   // x + 1/2 = sum + error exactly: 24 bits, then the other 8 and the half.
   const F top = to_float_top24(x), low = to_float(x & U::set(0xff)) + F::set(0.5f);
   const F sum = top + low, error = low - (sum - top);
-  // sum = 2^e (1 + t), sqrt(1/2) <= 1 + t < sqrt(2); where u is near 1, t is all of log u and keeps its relative accuracy.
+  // sum = 2^e (1 + t), sqrt(1/2) <= 1 + t < sqrt(2); where u is near 1, t is all of log u and keeps its relative
+  // accuracy.
   const U bits = as_bits(sum) + U::set(0x3f800000u - 0x3f3504f3u), exponent = bits >> 23;
   const F e = to_float(exponent) - F::set(127.f + 32.f);
   const F scale = as_float((U::set(254) - exponent) << 23);

@@ -1,23 +1,24 @@
-// The step: the one formula between two model calls, for sample b standing at its row. K branches m_k, S slots s_c of which
-// the first M are the solver's (s_0 is the noisy x) and the last Sg the guidance method's own. Per element:
+// The step: the one formula between two model calls, for sample b standing at its row. K branches m_k, S slots s_c of
+// which the first M are the solver's (s_0 is the noisy x) and the last Sg the guidance method's own. Per element:
 //
 //   G    = sum_k w_k m_k + sum_c o_c s_c                               guided output
 //   U    = G, or sum_k v_k m_k with the flag SEPARATE
 //   D    = clip(a_x s_0 + a_g G, lo, hi), or clamp(a_x s_0 + a_g G, -b, b) / b with a per-sample bound b != 0
 //   Sig  = 1, or exp(var_lo + (var_hi - var_lo) (v + 1) / 2)           learned variance v
 //   s'_r = sum_c T_rc s_c + d_r D + e_r U + sum_k b_rk m_k + n_r sqrt(Sig) z + q_r Sig g      solver slots r < M
-//   s'_r = h_r s_r + sum_k b_rk m_k                                                           guidance slots r >= S - Sg
-//   model input = c_in s'_0, one rounding to its type;  denoised output = D
+//   s'_r = h_r s_r + sum_k b_rk m_k                                                           guidance slots r >= S -
+//   Sg model input = c_in s'_0, one rounding to its type;  denoised output = D
 //
-// A coefficient that is exactly 0 means "not read": no product with it is formed, so its operand may be NaN or absent. Row 0
-// (the prologue) reads no model output and no weights. Slots without coefficients are not written (slot 0 is: with zeros),
-// nor those whose only coefficient is T_rr = 1. All loads of an element come before its stores: slots are updated in place.
+// A coefficient that is exactly 0 means "not read": no product with it is formed, so its operand may be NaN or absent.
+// Row 0 (the prologue) reads no model output and no weights. Slots without coefficients are not written (slot 0 is:
+// with zeros), nor those whose only coefficient is T_rr = 1. All loads of an element come before its stores: slots are
+// updated in place.
 //
-// Bytes per element: what the row reads and writes, once each (DDIM with K = 2 in float32: 3 reads + 3 writes = 24 bytes).
-// Accumulation: the state's type (float or double), fused multiply-adds, terms in the order of the formula.
+// Bytes per element: what the row reads and writes, once each (DDIM with K = 2 in float32: 3 reads + 3 writes = 24
+// bytes). Accumulation: the state's type (float or double), fused multiply-adds, terms in the order of the formula.
 //
-// No framework, CUDA or ONNX Runtime header here. V is a vector of T (scalar per thread on a GPU) with V::set(T), +, *, /,
-// fma(a, b, c), sqrt, clamp (which propagates NaN), product_error(a, b, a * b) and exp_sum(hi, lo) = exp(hi + lo).
+// No framework, CUDA or ONNX Runtime header here. V is a vector of T (scalar per thread on a GPU) with V::set(T), +, *,
+// /, fma(a, b, c), sqrt, clamp (which propagates NaN), product_error(a, b, a * b) and exp_sum(hi, lo) = exp(hi + lo).
 #pragma once
 #include <stdint.h>
 
@@ -68,16 +69,17 @@ struct StepArgs {
   Type state_type, output_type, input_type, time_type;
   void* state;  // [S][B][N]
   const void *tables, *weights, *bound;
-  Sample* samples;                  // [B]
-  const int32_t *source, *target;   // [B][K], -1: absent
-  Operand output[MAX_BRANCHES];     // output_type, batch index source[b][k]
-  Operand input[MAX_BRANCHES];      // input_type, batch index target[b][k]
-  void* time[MAX_BRANCHES];         // time_type, index target[b][k]
+  Sample* samples;                              // [B]
+  const int32_t *source, *target;               // [B][K], -1: absent
+  Operand output[MAX_BRANCHES];                 // output_type, batch index source[b][k]
+  Operand input[MAX_BRANCHES];                  // input_type, batch index target[b][k]
+  void* time[MAX_BRANCHES];                     // time_type, index target[b][k]
   Operand gradient, variance, noise, denoised;  // state_type (variance: output_type, source[b][variance_branch])
   int32_t check, threads;
 };
 
-namespace {  // every translation unit its own copy: the same name compiled for two instruction sets must never be merged
+namespace {  // every translation unit its own copy: the same name compiled for two instruction sets must never be
+             // merged
 
 template <int I>
 struct Int {
@@ -114,10 +116,10 @@ struct Program {
   uint32_t w_mask, v_mask, o_mask;
   uint32_t reads_m, reads_s, writes;  // branches and slots loaded, slots stored
   int branches, slots;
-  bool guided, separate, denoised;    // G, U apart from G, D are needed
-  bool reads_x, reads_g;              // by D: a_x, a_g are not 0
+  bool guided, separate, denoised;  // G, U apart from G, D are needed
+  bool reads_x, reads_g;            // by D: a_x, a_g are not 0
   bool clip, bounded, variance, noise, gradient, input;
-  bool plain;  // none of: o, v, b terms, bound, variance, noise, gradient, denoised output
+  bool plain;  // none of: o, v, b terms, bound, variance, gradient
 };
 
 template <class T>
@@ -160,8 +162,8 @@ PG_INLINE void build(Program<T>& p, const StepArgs& a, int64_t b, bool refresh) 
   }
   const T* weights = nullptr;
   if (row > 0) {
-    weights = static_cast<const T*>(a.weights) + sample.weights +
-              (sample.method == 0 ? row * weights_width(K, S, Sg) : 0);
+    weights =
+        static_cast<const T*>(a.weights) + sample.weights + (sample.method == 0 ? row * weights_width(K, S, Sg) : 0);
   }
   uint64_t any = 0;
   for (int r = 0; r < M; ++r) {
@@ -229,8 +231,7 @@ PG_INLINE void build(Program<T>& p, const StepArgs& a, int64_t b, bool refresh) 
     p.mid_lo = error + p.half_lo;
   }
   if (p.input && p.c_in != T(0) && !(p.writes & 1)) p.reads_s |= 1;
-  p.plain = !(p.o_mask || p.separate || p.bounded || p.variance || p.noise || p.gradient || a.denoised.data ||
-              (any >> TERM_B & 0xffff));
+  p.plain = !(p.o_mask || p.separate || p.bounded || p.variance || p.gradient || (any >> TERM_B & 0xffff));
 }
 
 // exp(mid + half v), the exponent carried as a pair so that |log Sig| does not cost accuracy.
@@ -245,11 +246,13 @@ PG_INLINE V row_variance(const Program<T>& p, const V& v) {
   return exp_sum(sum, error + product_error(half, v, product) + fma(V::set(p.half_lo), v, V::set(p.mid_lo)));
 }
 
-// One vector of elements: m[K], s[S] as loaded -> write(r, s'_r) for every r in p.writes, and D where p.denoised.
-// PLAIN compiles away what a deterministic row without extras cannot have (Program::plain): without it the rare
-// paths cost the common one its registers (2.6 times the time at K = 2, S = 1).
-template <int K, int S, bool PLAIN, class V, class T, class F>
-PG_INLINE void step_formula(const Program<T>& p, const V* m, const V* s, V z, V g, const V& v, V& D, const F& write) {
+// One vector of elements: m[K], s[S] as loaded; z(), g(), v() load noise, gradient and variance where they are used.
+// Calls write(r, s'_r) for every r in p.writes; D is set where p.denoised. PLAIN compiles away what most rows do not
+// have (Program::plain): without it the rare paths cost the common one its registers (2.6 times the time at K = 2, S =
+// 1).
+template <int K, int S, bool PLAIN, class V, class T, class NOISE, class GRADIENT, class VARIANCE, class WRITE>
+PG_INLINE void step_formula(const Program<T>& p, const V* m, const V* s, const NOISE& z, const GRADIENT& g,
+                            const VARIANCE& v, V& D, const WRITE& write) {
   V G = V::set(T(0));
   if (p.guided) {
     each<K>(p.branches, [&](auto k) PG_LAMBDA {
@@ -275,10 +278,10 @@ PG_INLINE void step_formula(const Program<T>& p, const V* m, const V* s, V z, V 
     if (p.clip) D = clamp(D, V::set(p.lo), V::set(p.hi));
     if (!PLAIN && p.bounded) D = D / V::set(p.bound);
   }
+  V variance = V::set(T(1)), deviation = variance;
   if (!PLAIN && p.variance) {
-    const V variance = row_variance(p, v);
-    if (p.gradient) g = variance * g;
-    if (p.noise) z = sqrt(variance) * z;
+    variance = row_variance(p, v());
+    deviation = sqrt(variance);
   }
   each<S>(p.slots, [&](auto r) PG_LAMBDA {
     if (p.writes >> r & 1) {
@@ -294,8 +297,8 @@ PG_INLINE void step_formula(const Program<T>& p, const V* m, const V* s, V z, V 
           if (terms >> (TERM_B + k) & 1) sum = fma(V::set(p.b[r][k]), m[k], sum);
         });
       }
-      if (!PLAIN && (terms >> TERM_N & 1)) sum = fma(V::set(p.n[r]), z, sum);
-      if (!PLAIN && (terms >> TERM_Q & 1)) sum = fma(V::set(p.q[r]), g, sum);
+      if (terms >> TERM_N & 1) sum = fma(V::set(p.n[r]), PLAIN ? z() : deviation * z(), sum);
+      if (!PLAIN && (terms >> TERM_Q & 1)) sum = fma(V::set(p.q[r]), variance * g(), sum);
       write(r, sum);
     }
   });

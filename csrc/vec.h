@@ -1,6 +1,6 @@
-// Thin SIMD vectors, one instruction set per translation unit (PG_LEVEL 0 baseline, 1 AVX2 + FMA + F16C, 2 AVX-512 F/BW/DQ/VL):
-// Float, Double (arithmetic), Word (uint32), 16-bit conversions (round to nearest even, NaN stays NaN), Wide<V, U> (U vectors).
-// fma is fused wherever the instruction set has it; the x86 baseline (SSE2) rounds twice.
+// Thin SIMD vectors, one instruction set per translation unit (PG_LEVEL 0 baseline, 1 AVX2 + FMA + F16C, 2 AVX-512
+// F/BW/DQ/VL): Float, Double (arithmetic), Word (uint32), 16-bit conversions (round to nearest even, NaN stays NaN),
+// Wide<V, U> (U vectors). fma is fused wherever the instruction set has it; the x86 baseline (SSE2) rounds twice.
 #pragma once
 #include <float.h>
 #include <math.h>
@@ -37,7 +37,8 @@ PG_INLINE uint16_t f16_from_float(float x) {
   const uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
   if (rest > 0x7f800000) return uint16_t(sign | 0x7e00 | (rest >> 13 & 0x3ff));
   if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
-  if (rest < 0x38800000) return uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - 0x3f000000));  // subnormal: ulp(1/2) = 2^-24
+  if (rest < 0x38800000)
+    return uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - 0x3f000000));  // subnormal: ulp(1/2) = 2^-24
   return uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 PG_INLINE float float_from_bf16(uint16_t h) { return float_of(uint32_t(h) << 16); }
@@ -69,7 +70,6 @@ struct Float {
   static PG_INLINE Float set(float x) { return {_mm512_set1_ps(x)}; }
   static PG_INLINE Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
   PG_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
-  PG_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
 };
 struct Double {
   typedef double Scalar;
@@ -78,7 +78,6 @@ struct Double {
   static PG_INLINE Double set(double x) { return {_mm512_set1_pd(x)}; }
   static PG_INLINE Double load(const double* p) { return {_mm512_loadu_pd(p)}; }
   PG_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
-  PG_INLINE void stream(double* p) const { _mm512_stream_pd(p, v); }
 };
 PG_OPERATORS(Float, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_div_ps)
 PG_OPERATORS(Double, _mm512_add_pd, _mm512_sub_pd, _mm512_mul_pd, _mm512_div_pd)
@@ -154,7 +153,6 @@ struct Float {
   static PG_INLINE Float set(float x) { return {_mm256_set1_ps(x)}; }
   static PG_INLINE Float load(const float* p) { return {_mm256_loadu_ps(p)}; }
   PG_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
-  PG_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
 };
 struct Double {
   typedef double Scalar;
@@ -163,7 +161,6 @@ struct Double {
   static PG_INLINE Double set(double x) { return {_mm256_set1_pd(x)}; }
   static PG_INLINE Double load(const double* p) { return {_mm256_loadu_pd(p)}; }
   PG_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
-  PG_INLINE void stream(double* p) const { _mm256_stream_pd(p, v); }
 };
 PG_OPERATORS(Float, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_div_ps)
 PG_OPERATORS(Double, _mm256_add_pd, _mm256_sub_pd, _mm256_mul_pd, _mm256_div_pd)
@@ -288,6 +285,30 @@ PG_INLINE Double exp_sum(const Double& hi, const Double& lo) {
   return Double::load(a);
 }
 
+// Vectors behind a pointer to another type: the model's.
+template <Type TYPE>
+PG_INLINE Float load_as(const Float&, const void* p, int64_t i) {
+  if constexpr (TYPE == F32) return Float::load(static_cast<const float*>(p) + i);
+  if constexpr (TYPE == F16) return load_f16(static_cast<const uint16_t*>(p) + i);
+  if constexpr (TYPE == BF16) return load_bf16(static_cast<const uint16_t*>(p) + i);
+}
+template <Type TYPE>
+PG_INLINE void store_as(const Float& a, void* p, int64_t i) {
+  if constexpr (TYPE == F32) a.store(static_cast<float*>(p) + i);
+  if constexpr (TYPE == F16) store_f16(static_cast<uint16_t*>(p) + i, a);
+  if constexpr (TYPE == BF16) store_bf16(static_cast<uint16_t*>(p) + i, a);
+}
+template <Type TYPE>
+PG_INLINE Double load_as(const Double&, const void* p, int64_t i) {
+  static_assert(TYPE == F64, "other types are staged");
+  return Double::load(static_cast<const double*>(p) + i);
+}
+template <Type TYPE>
+PG_INLINE void store_as(const Double& a, void* p, int64_t i) {
+  static_assert(TYPE == F64, "other types are staged");
+  a.store(static_cast<double*>(p) + i);
+}
+
 // U vectors as one: uniform branches on coefficients are paid once for U vectors.
 template <class V, int N>
 struct Wide {
@@ -308,16 +329,23 @@ struct Wide {
   PG_INLINE void store(Scalar* p) const {
     unrolled<N>([&](auto i) PG_LAMBDA { v[i].store(p + i * V::width); });
   }
-  PG_INLINE void stream(Scalar* p) const {
-    unrolled<N>([&](auto i) PG_LAMBDA { v[i].stream(p + i * V::width); });
-  }
 };
-#define PG_WIDE(NAME, PARAMETERS, EXPRESSION)                          \
-  template <class V, int N>                                            \
-  PG_INLINE Wide<V, N> NAME PARAMETERS {                               \
-    Wide<V, N> r;                                                      \
-    unrolled<N>([&](auto i) PG_LAMBDA { r.v[i] = EXPRESSION; });       \
-    return r;                                                          \
+template <Type TYPE, class V, int N>
+PG_INLINE Wide<V, N> load_as(const Wide<V, N>& like, const void* p, int64_t i) {
+  Wide<V, N> r;
+  unrolled<N>([&](auto j) PG_LAMBDA { r.v[j] = load_as<TYPE>(like.v[j], p, i + j * V::width); });
+  return r;
+}
+template <Type TYPE, class V, int N>
+PG_INLINE void store_as(const Wide<V, N>& a, void* p, int64_t i) {
+  unrolled<N>([&](auto j) PG_LAMBDA { store_as<TYPE>(a.v[j], p, i + j * V::width); });
+}
+#define PG_WIDE(NAME, PARAMETERS, EXPRESSION)                    \
+  template <class V, int N>                                      \
+  PG_INLINE Wide<V, N> NAME PARAMETERS {                         \
+    Wide<V, N> r;                                                \
+    unrolled<N>([&](auto i) PG_LAMBDA { r.v[i] = EXPRESSION; }); \
+    return r;                                                    \
   }
 #define PG_W const Wide<V, N>&
 PG_WIDE(operator+, (PG_W a, PG_W b), a.v[i] + b.v[i])

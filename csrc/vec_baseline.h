@@ -25,7 +25,6 @@ struct Base {
     return r;
   }
   PG_INLINE void store(T* p) const { memcpy(p, &v, sizeof(X)); }
-  PG_INLINE void stream(T* p) const { store(p); }
 };
 typedef Base<float, F4, 4> Float;
 typedef Base<double, D2, 2> Double;

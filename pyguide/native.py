@@ -1,8 +1,11 @@
-"""The native kernel, if this installation has it: ``C`` (the module ``pyguide._C``) or None, and then ``reason`` says why.
+"""The native kernel, if this installation has it: ``C`` (pyguide._C) or None, and ``reason``.
 
-``C.Step`` runs one row of the sampler (the formula at the top of csrc/step.h) over raw addresses, laid
-out as pyguide/layout.py says. This module never imports torch. Both carry OpenMP by the soname libgomp.so.1, so whichever is loaded first
-provides the one runtime that both then use, in either import order.
+``C.Step`` runs one row of the sampler (the formula at the top of csrc/step.h) over raw addresses, laid out as
+pyguide/layout.py says. The caller owns the memory, keeps it alive and does not run one Step from two threads at once.
+
+This module never imports torch. Both want OpenMP under the soname libgomp.so.1, so the one loaded first serves both: in
+either import order the process has one pool of threads, and torch.set_num_threads holds here too. (A torch wheel that
+bundles a renamed libgomp has a pool of its own: two pools, the same results.)
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Final
 from . import layout
 from .layout import ABI, HEAD, NONFINITE, SAMPLE, SEPARATE, row_width, weights_width
 
-__all__ = ["ABI", "C", "HEAD", "NONFINITE", "SAMPLE", "SEPARATE", "TAGS", "reason", "row_width", "weights_width"]
+__all__ = ["ABI", "HEAD", "NONFINITE", "SAMPLE", "SEPARATE", "TAGS", "C", "reason", "row_width", "weights_width"]
 
 # Domain tags of the counter-based noise: the fourth word of the Philox counter.
 TAGS: Final = {

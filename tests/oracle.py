@@ -1,4 +1,4 @@
-"""An independent evaluation of the step in extended precision, element by element as csrc/step.h and the design state it.
+"""An independent evaluation of the step in extended precision, term by term as csrc/step.h and the design state it.
 
 Nothing here is shared with the package: layouts, formula and noise are written out again.
 """
@@ -30,9 +30,10 @@ def encode(x: Array, dtype: str) -> Array:
 
 
 def decode(x: Array, dtype: str) -> Array:
-    if dtype != "bfloat16":
-        return np.asarray(x, Wide)
-    return (x.astype(np.uint32) << 16).view(np.float32).astype(Wide)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        if dtype != "bfloat16":
+            return np.asarray(x, Wide)
+        return (x.astype(np.uint32) << 16).view(np.float32).astype(Wide)
 
 
 def half_ulp(y: Array, dtype: str) -> Array:
@@ -182,6 +183,7 @@ def close(actual: Array, expected: Array, magnitude: Array, dtype: str, state: s
     eps = Wide(2.0**-53 if state == "float64" else 2.0**-24)
     largest = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.4028235e38, "float64": 1e308}[dtype]
     with np.errstate(invalid="ignore", over="ignore"):
-        near = np.abs(actual - expected) <= half_ulp(np.maximum(np.abs(expected), np.abs(actual)), dtype) + 4 * eps * magnitude
+        rounding = half_ulp(np.maximum(np.abs(expected), np.abs(actual)), dtype)
+        near = np.abs(actual - expected) <= rounding + 4 * eps * magnitude
         infinite = np.isinf(actual) & (np.abs(expected) >= largest) & (np.sign(actual) == np.sign(expected))
     return near | infinite | (np.isnan(actual) & np.isnan(expected))

@@ -1,0 +1,235 @@
+// A launch on the host side: sizes, addresses and overlaps are checked before the first byte is written, then the
+// kernel runs, then timesteps and rows advance. No Python here; errors are messages.
+#pragma once
+#include <math.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+
+namespace pyguide {
+
+struct Range {
+  uintptr_t lo = 0, hi = 0;  // bytes [lo, hi), empty if equal
+  bool overlaps(const Range& other) const { return lo < other.hi && other.lo < hi; }
+};
+
+inline Type parse(const std::string& name, const char* argument, bool integer) {
+  if (name == "float32") return F32;
+  if (name == "float64") return F64;
+  if (integer && name == "int64") return I64;
+  if (!integer && name == "float16") return F16;
+  if (!integer && name == "bfloat16") return BF16;
+  throw std::invalid_argument(std::string(argument) + ": got \"" + name + "\", expected " +
+                              (integer ? "float32, float64 or int64" : "float32, float16, bfloat16 or float64"));
+}
+inline int64_t size_of(Type type) { return type == F32 ? 4 : type == F64 || type == I64 ? 8 : 2; }
+
+struct Launch {
+  StepArgs args{};
+  std::vector<int32_t> active;
+  std::string error;
+  bool philox = false;  // a sample of this launch draws normals
+
+  Launch(int64_t batch, int64_t channels, int64_t inner, int64_t branches, int64_t slots, int64_t guidance_slots,
+         const std::string& state_type, const std::string& output_type, const std::string& input_type,
+         const std::string& time_type) {
+    require(batch, "batch", 0, INT32_MAX);
+    require(channels, "channels", 1, INT64_MAX);
+    require(inner, "inner", 1, INT64_MAX);
+    require(branches, "branches", 1, MAX_BRANCHES);
+    require(slots, "slots", 1, MAX_SLOTS);
+    require(guidance_slots, "guidance_slots", 0, slots - 1);
+    int64_t elements;
+    if (__builtin_mul_overflow(channels, inner, &elements) || __builtin_mul_overflow(elements, slots * 8, &elements) ||
+        (batch && __builtin_mul_overflow(elements, batch, &elements)))
+      throw std::invalid_argument("batch * channels * inner: too large");
+    args.batch = batch;
+    args.channels = channels;
+    args.inner = inner;
+    args.branches = int32_t(branches);
+    args.slots = int32_t(slots);
+    args.guidance_slots = int32_t(guidance_slots);
+    args.state_type = parse(state_type, "state_type", false);
+    if (args.state_type != F32 && args.state_type != F64)
+      throw std::invalid_argument("state_type: got \"" + state_type + "\", expected float32 or float64");
+    args.output_type = parse(output_type, "output_type", false);
+    args.input_type = parse(input_type, "input_type", false);
+    args.time_type = parse(time_type, "time_type", true);
+    active.reserve(size_t(batch));
+  }
+
+  static void require(int64_t value, const char* name, int64_t low, int64_t high) {
+    if (value < low || value > high) {
+      throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) + ", expected at least " +
+                                  std::to_string(low) + (high < INT32_MAX ? ", at most " + std::to_string(high) : ""));
+    }
+  }
+  int branch(int64_t k) const {
+    require(k, "branch", 0, args.branches - 1);
+    return int(k);
+  }
+
+  bool fail(const std::string& message) {
+    error = message;
+    return false;
+  }
+  static std::string indexed(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+  // Bytes that an operand spans for batch indices first .. last.
+  Range range(const Operand& o, Type type, int64_t first, int64_t last) const {
+    int64_t lo = 0, hi = 0;
+    const int64_t reach[2] = {(args.channels - 1) * o.channel_stride, (args.inner - 1) * o.inner_stride};
+    for (int64_t r : reach) (r < 0 ? lo : hi) += r;
+    const int64_t a = first * o.batch_stride, b = last * o.batch_stride;
+    lo += a < b ? a : b;
+    hi += a < b ? b : a;
+    const uintptr_t base = reinterpret_cast<uintptr_t>(o.data);
+    return {base + uintptr_t(lo * size_of(type)), base + uintptr_t((hi + 1) * size_of(type))};
+  }
+
+  // Which samples run, what they read and write: pointers present, indices in range, nothing written that is also read
+  // elsewhere. False with `error` set.
+  template <class T>
+  bool check(bool refresh) {
+    const StepArgs& a = args;
+    const int K = a.branches;
+    active.clear();
+    philox = false;
+    if (a.batch == 0) return true;
+    if (!a.samples) return fail("samples: no address is set");
+    struct Use {
+      bool used = false;
+      int64_t first = INT64_MAX, last = -1;
+      void add(int64_t i) {
+        used = true;
+        first = i < first ? i : first;
+        last = i > last ? i : last;
+      }
+    } outputs[MAX_BRANCHES], inputs[MAX_BRANCHES], variance, noise, gradient, denoised;
+    Program<T> p;
+    for (int64_t b = 0; b < a.batch; ++b) {
+      const Sample& s = a.samples[b];
+      if (s.row == s.end || (refresh && s.row == 0)) continue;
+      if (s.row < 0 || s.row > s.end)
+        return fail(indexed("samples", b) + ".row: got " + std::to_string(s.row) +
+                    ", expected 0 to end = " + std::to_string(s.end));
+      if (s.slots < 1 || s.slots > a.slots - a.guidance_slots)
+        return fail(indexed("samples", b) + ".slots: got " + std::to_string(s.slots) + ", expected 1 to " +
+                    std::to_string(a.slots - a.guidance_slots));
+      if (s.table < 0 || s.weights < 0) return fail(indexed("samples", b) + ": negative offset of table or weights");
+      if (!a.tables) return fail("tables: no address is set");
+      if (!a.state) return fail("state: no address is set");
+      if (!a.weights && s.row > 0 && !refresh) return fail("weights: no address is set");
+      build(p, a, b, refresh);
+      active.push_back(int32_t(b));
+      if ((p.reads_m || p.variance) && !a.source) return fail("source: route() was not called");
+      for (int k = 0; k < K; ++k) {
+        if (p.reads_m >> k & 1) {
+          const int32_t index = a.source[b * K + k];
+          if (index < 0)
+            return fail(indexed("source", b) + indexed("", k) + ": a branch with non-zero weight is absent");
+          outputs[k].add(index);
+        }
+        if (p.input) {
+          if (!a.target) return fail("target: route() was not called");
+          const int32_t index = a.target[b * K + k];
+          if (index >= 0) inputs[k].add(index);
+        }
+      }
+      if (p.variance) {
+        const int32_t index = a.source[b * K + a.variance_branch];
+        if (index < 0) return fail(indexed("source", b) + ": the variance branch is absent");
+        variance.add(index);
+      }
+      if (p.noise && a.noise.data) noise.add(b);
+      philox |= p.noise && !a.noise.data;
+      if (p.gradient) gradient.add(b);
+      if (a.denoised.data && p.denoised) denoised.add(b);
+    }
+    if (active.empty()) return true;
+
+    struct Named {
+      const char* name;
+      int index;
+      Range range;
+    } reads[MAX_BRANCHES + 3], writes[MAX_BRANCHES + 2];
+    int read_count = 0, write_count = 0;
+    for (int k = 0; k < K; ++k) {
+      if (outputs[k].used) {
+        if (!a.output[k].data) return fail(indexed("output", k) + ": no address is set, and a row reads it");
+        reads[read_count++] = {"output", k, range(a.output[k], a.output_type, outputs[k].first, outputs[k].last)};
+      }
+      if (inputs[k].used) {
+        if (!a.input[k].data) return fail(indexed("input", k) + ": no address is set, and a row writes it");
+        writes[write_count++] = {"input", k, range(a.input[k], a.input_type, inputs[k].first, inputs[k].last)};
+      }
+    }
+    const int input_count = write_count;
+    struct {
+      const char* name;
+      const Use& use;
+      const Operand& operand;
+      Type type;
+    } optional[] = {{"variance", variance, a.variance, a.output_type},
+                    {"noise", noise, a.noise, a.state_type},
+                    {"gradient", gradient, a.gradient, a.state_type}};
+    for (const auto& o : optional) {
+      if (!o.use.used) continue;
+      if (!o.operand.data) return fail(std::string(o.name) + ": no address is set, and a row reads it");
+      reads[read_count++] = {o.name, -1, range(o.operand, o.type, o.use.first, o.use.last)};
+    }
+    if (denoised.used)
+      writes[write_count++] = {"denoised", -1, range(a.denoised, a.state_type, denoised.first, denoised.last)};
+    const uintptr_t state = reinterpret_cast<uintptr_t>(a.state);
+    const int64_t N = a.channels * a.inner;
+    writes[write_count++] = {"state", -1, {state, state + uintptr_t(a.slots * a.batch * N * int64_t(sizeof(T)))}};
+    for (int i = 0; i < write_count; ++i) {
+      for (int j = 0; j < read_count; ++j) {
+        if (writes[i].range.overlaps(reads[j].range))
+          return overlap(writes[i].name, writes[i].index, reads[j].name, reads[j].index);
+      }
+      for (int j = i < input_count ? input_count : i + 1; j < write_count; ++j) {  // inputs may share one tensor
+        if (writes[i].range.overlaps(writes[j].range))
+          return overlap(writes[i].name, writes[i].index, writes[j].name, writes[j].index);
+      }
+    }
+    return true;
+  }
+  bool overlap(const char* a, int i, const char* b, int j) {
+    return fail((i < 0 ? std::string(a) : indexed(a, i)) + " overlaps " + (j < 0 ? std::string(b) : indexed(b, j)) +
+                ": what a launch writes must not share memory with what it reads");
+  }
+
+  template <class T>
+  void write_time(bool refresh) {
+    const StepArgs& a = args;
+    for (int32_t b : active) {
+      const Sample& s = a.samples[b];
+      if (!refresh && s.row + 1 >= s.end) continue;
+      const int64_t row = s.row - (refresh ? 1 : 0);
+      const double t = double(static_cast<const T*>(a.tables)[s.table + row * row_width(s.slots) + TIMESTEP]);
+      for (int k = 0; k < a.branches; ++k) {
+        const int32_t index = a.target[int64_t(b) * a.branches + k];
+        if (index < 0 || !a.time[k]) continue;
+        if (a.time_type == F32) static_cast<float*>(a.time[k])[index] = float(t);
+        if (a.time_type == F64) static_cast<double*>(a.time[k])[index] = t;
+        if (a.time_type == I64) static_cast<int64_t*>(a.time[k])[index] = llround(t);
+      }
+    }
+  }
+
+  // After check: the kernel, then what the host writes (timesteps, rows).
+  void run(bool refresh) { execute(args, active.data(), int64_t(active.size()), refresh, philox); }
+  void finish(bool refresh) {
+    args.state_type == F64 ? write_time<double>(refresh) : write_time<float>(refresh);
+    if (refresh) return;
+    for (int32_t b : active) args.samples[b].row += 1;
+  }
+  bool check(bool refresh) { return args.state_type == F64 ? check<double>(refresh) : check<float>(refresh); }
+  int64_t elements() const { return int64_t(active.size()) * args.channels * args.inner; }
+};
+
+}  // namespace pyguide
