@@ -16,6 +16,15 @@ from .run import Event
 from .sampler import Sampler
 from .version import __version__
 
+
+def __getattr__(name: str) -> object:
+    if name == "ops":  # the torch operators: registered when asked for, as they need torch
+        import importlib
+
+        return importlib.import_module(".ops", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "CFG",
     "CertificateError",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import arrays, native, noise, reference
 from .arrays import Array
-from .layout import SAMPLE, SEPARATE, TAG_STEP, row_width, split_row, split_weights, weights_width
+from .layout import SAMPLE, SEPARATE, TAG_STEP, Row, row_width, split_row, split_weights, weights_width
 
 
 @dataclass
@@ -28,6 +28,10 @@ class Launch:
     guidance_slots: int = 0
     noise: Array | None = None  # [B, C, *] in the dtype of the state: supplied noise; None: from the seeds
     denoised: Array | None = None  # [B, C, *] where D goes, if anyone wants it
+    gradient: Array | None = None  # [B, C, *] in the dtype of the state: the classifier's
+    variance: Array | None = None  # [n, C, *] learned variance, like the output of branch `variance_branch`
+    variance_branch: int = 0
+    bound: Array | None = None  # [B] in the dtype of the state: clip to +-bound and divide by it; 0: the row's clip
     check: bool = False
     threads: int = 0
 
@@ -41,9 +45,12 @@ class NativeStep:
         self.strides: tuple[int, ...] | None = None
         self.dtype: Any = launch.inputs[0].dtype  # of the model's outputs: what its inputs are until one says otherwise
         self.routes: tuple[Any, Any] = (None, None)
-        tracked = arrays.is_torch(launch.state) and not launch.state.is_inference()
-        self.bumped = [launch.state, *launch.inputs, *launch.times] if tracked else []
-        self.torch: Any = sys.modules.get("torch")
+        written = [launch.state, *launch.inputs, *launch.times, *([] if launch.denoised is None else [launch.denoised])]
+        tracked = {id(a): a for a in written if arrays.is_torch(a) and not a.is_inference()}
+        self.bumped = tuple(tracked.values())
+        # what torch.autograd.graph.increment_version calls after an isinstance check that costs 1 us a row
+        self.bump: Any = sys.modules["torch"]._C._increment_version if self.bumped else None
+        self.supplied = False
         self.step = self._bind()
 
     def _bind(self) -> Any:
@@ -57,24 +64,29 @@ class NativeStep:
         step.tables, step.weights = arrays.pointer(a.tables), arrays.pointer(a.weights)
         step.check, step.threads = a.check, a.threads
         for k in range(self.branches):
-            step.set_input(k, arrays.pointer(a.inputs[k]), channels * inner, inner, 1)
+            step.set_input(k, *_walk(a.inputs[k]))
             step.set_time(k, arrays.pointer(a.times[k]))
         if a.denoised is not None:
-            step.set_denoised(arrays.pointer(a.denoised), channels * inner, inner, 1)
+            step.set_denoised(*_walk(a.denoised))
+        if self.supplied:
+            step.set_noise(*_walk(a.noise))
+        if a.gradient is not None:
+            step.set_gradient(*_walk(a.gradient))
+        if a.variance is not None:
+            step.set_variance(*_walk(a.variance), a.variance_branch)
+        if a.bound is not None:
+            step.bound = arrays.pointer(a.bound)
         self.strides = None
         self.routes = (None, None)
         return step
 
     def use_noise(self, supplied: bool) -> None:
         """Whether the next rows read `launch.noise` or draw from the seeds."""
-        buffer = self.launch.noise if supplied else None
-        size = int(np.prod(self.launch.state.shape[2:]))
-        self.step.set_noise(0 if buffer is None else arrays.pointer(buffer), size, size // self.launch.state.shape[2], 1)
+        self.supplied = supplied and self.launch.noise is not None
+        self.step.set_noise(*(_walk(self.launch.noise) if self.supplied else (0, 0, 0, 0)))
 
-    def advance(
-        self, outputs: Sequence[Array | None], source: NDArray[np.int32], target: NDArray[np.int32]
-    ) -> None:
-        """Run the next row of every sample. outputs: one array for all branches, one per branch, or none in the prologue."""
+    def advance(self, outputs: Sequence[Array | None], source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
+        """Run the next row of every sample. outputs: one array for all branches, one per branch, or none (prologue)."""
         first = outputs[0] if len(outputs) == 1 else next((out for out in outputs if out is not None), None)
         if first is not None and first.dtype != self.dtype:
             self.dtype = first.dtype
@@ -95,22 +107,39 @@ class NativeStep:
             self.strides = None
             self.step.run()
         if self.bumped:  # what was written through pointers must not pass for unchanged
-            self.torch.autograd.graph.increment_version(self.bumped)
+            self.bump(self.bumped)
 
     def _set_outputs(self, outputs: Sequence[Array | None]) -> None:
         for k, out in enumerate(outputs):
             if out is None:
                 self.step.set_output(k, 0, 0, 0, 0)
                 continue
-            strides = arrays.merged_strides(tuple(out.shape), arrays.strides(out))
-            assert strides is not None, "the sampler hands over outputs that a kernel can walk"
-            self.step.set_output(k, arrays.pointer(out), *strides)
+            self.step.set_output(k, *_walk(out))
 
     def refresh(self) -> None:
         """Write the model inputs that are due again, from the state as it is now."""
         self.step.refresh()
         if self.bumped:
-            self.torch.autograd.graph.increment_version(self.bumped)
+            self.bump(self.bumped)
+
+
+def _walk(array: Array) -> tuple[int, int, int, int]:
+    """Address and (batch, channel, inner) strides of [n, C, *]."""
+    strides = arrays.merged_strides(tuple(array.shape), arrays.strides(array))
+    assert strides is not None, "callers hand over arrays that a kernel can walk"
+    return (arrays.pointer(array), *strides)
+
+
+class Absent:
+    """In place of an operand that was not given: an error that names it as soon as the formula reads it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __mul__(self, other: object) -> Any:
+        raise ValueError(f"{self.name}: a row reads it, and it is absent")
+
+    __rmul__ = __add__ = __mul__
 
 
 class ReferenceStep:
@@ -124,39 +153,58 @@ class ReferenceStep:
         self.supplied = supplied
 
     def advance(self, outputs: Sequence[Array], source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
-        a, K, S = self.launch, len(self.launch.inputs), self.launch.state.shape[0]
-        self.target = target
-        block = weights_width(K, S, a.guidance_slots)
-        for b, sample in enumerate(a.samples):
-            i = int(sample["row"])
-            if i == sample["end"]:
-                continue
-            slots, dtype = [a.state[c, b] for c in range(S)], arrays.dtype_name(a.state)
-            weights, branches = None, [None] * K
-            if i:
-                start = int(sample["weights"]) + (0 if sample["method"] else i * block)
-                separate = bool(sample["flags"] & SEPARATE)
-                weights = split_weights(a.weights[start : start + block], K, S, a.guidance_slots, separate)
-                for k in range(K):
-                    if source[b, k] >= 0 and outputs[k if len(outputs) > 1 else 0] is not None:
-                        branches[k] = arrays.cast(outputs[k if len(outputs) > 1 else 0][source[b, k]], dtype)
-            row = self._row(sample, i)
-            z = None
-            if any(row.n):
-                z = a.noise[b] if self.supplied else self._normals(sample, i)
-            done = reference.step(row, slots, branches, weights, noise=z, want_denoised=a.denoised is not None)
-            for c in range(S):
-                if done.slots[c] is not slots[c]:
-                    a.state[c, b] = done.slots[c]
+        """As NativeStep.advance. All samples are computed before the first one is written: an error changes nothing."""
+        a, self.target = self.launch, target
+        due = [b for b, sample in enumerate(a.samples) if sample["row"] != sample["end"]]
+        results = [self._computed(b, outputs, source) for b in due]
+        for b, (row, slots, done) in zip(due, results, strict=True):
+            sample = a.samples[b]
+            for c, (old, new) in enumerate(zip(slots, done.slots, strict=True)):
+                if new is not old:
+                    a.state[c, b] = new
             if a.denoised is not None and done.denoised is not None:
                 a.denoised[b] = done.denoised
             if a.check and not bool((abs(a.state[0, b]) < np.inf).all()):
                 sample["flags"] |= 2
-            sample["row"] = i + 1
-            if i + 1 < sample["end"]:
+            sample["row"] += 1
+            if sample["row"] < sample["end"]:
                 self._write_input(b, row)
 
-    def _row(self, sample: Any, i: int) -> Any:
+    def _computed(self, b: int, outputs: Sequence[Array], source: NDArray[np.int32]) -> tuple[Row, list[Array], Any]:
+        """The row of sample b, its slots as they are, and what the row makes of them."""
+        a, K, S = self.launch, len(self.launch.inputs), self.launch.state.shape[0]
+        sample, dtype = a.samples[b], arrays.dtype_name(a.state)
+        i, block = int(sample["row"]), weights_width(K, S, a.guidance_slots)
+        slots, row = [a.state[c, b] for c in range(S)], self._row(sample, i)
+        weights = None
+        branches: list[Array] = [None] * K
+        if i:
+            start = int(sample["weights"]) + (0 if sample["method"] else i * block)
+            separate = bool(sample["flags"] & SEPARATE)
+            weights = split_weights(a.weights[start : start + block], K, S, a.guidance_slots, separate)
+            each = [*outputs] * (K if len(outputs) == 1 else 1) or [None] * K
+            branches = [
+                Absent(f"outputs[{k}] of sample {b}") if place < 0 or out is None else arrays.cast(out[place], dtype)
+                for k, (place, out) in enumerate(zip(source[b].tolist(), each, strict=True))
+            ]
+        z: Any = None
+        g: Any = None
+        variance: Any = None
+        if any(row.n):
+            z = a.noise[b] if self.supplied and a.noise is not None else self._normals(sample, i)
+        if any(row.q):
+            g = Absent("gradient") if a.gradient is None else a.gradient[b]
+        if (z is not None or g is not None) and (row.var_lo != 0 or row.var_hi != 0):
+            place = source[b, a.variance_branch]
+            variance = Absent("variance")
+            if a.variance is not None and place >= 0:
+                variance = arrays.cast(a.variance[place], dtype)
+        bound = 0.0 if a.bound is None else float(a.bound[b])
+        operands: dict[str, Any] = {"noise": z, "gradient": g, "variance": variance, "bound": bound}
+        operands["want_denoised"] = a.denoised is not None
+        return row, slots, reference.step(row, slots, branches, weights, **operands)
+
+    def _row(self, sample: Any, i: int) -> Row:
         width = row_width(int(sample["slots"]))
         start = int(sample["table"]) + i * width
         return split_row(self.launch.tables[start : start + width], int(sample["slots"]))
@@ -166,7 +214,7 @@ class ReferenceStep:
         values = noise.normals(int(sample["seed"]), int(np.prod(shape)), i, TAG_STEP).reshape(shape)
         return arrays.from_numpy(values.astype(arrays.dtype_name(like)), like)
 
-    def _write_input(self, b: int, row: Any) -> None:
+    def _write_input(self, b: int, row: Row) -> None:
         a = self.launch
         assert self.target is not None
         for k, (x, t) in enumerate(zip(a.inputs, a.times, strict=True)):
