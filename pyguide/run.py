@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,8 @@ class Run:
         self.launch = self._buffers(weights)
         self.output_dtype: Any = self.launch.inputs[0].dtype
         self.routes = self._routes(active, by_branch)
+        if sampler.backend == "auto" and not on_cpu:
+            warnings.warn(f"no fused kernel for {noise.device} yet: pyguide runs its reference", RuntimeWarning, stacklevel=3)
         runner = NativeStep if sampler.backend != "reference" and native.C is not None and on_cpu else ReferenceStep
         self.step = runner(self.launch)
 
@@ -162,8 +165,13 @@ class Run:
         return routes
 
     # ---- running ----------------------------------------------------------------------------------------------
-    def events(self) -> Iterator[Event | None]:
-        """Run; yields after each evaluation, an event if anyone wants them."""
+    def drain(self, callback: Callable[[Event], Any] | None = None) -> None:
+        """Run to the end."""
+        for _ in self.events(callback):
+            pass
+
+    def events(self, callback: Callable[[Event], Any] | None = None) -> Iterator[Event | None]:
+        """Run; yields after each evaluation: an event, told to the callback first, or None if nobody wants them."""
         if self.step is None:
             return
         plan, step, draws, model = self.plan, self.step, self.draws, self.model
@@ -186,7 +194,10 @@ class Run:
             if i:
                 if bar is not None:
                     bar.update()
-                yield self._event(i - 1) if self.wants_events else None
+                event = self._event(i - 1) if self.wants_events else None
+                if callback is not None and event is not None:
+                    callback(event)
+                yield event
         if bar is not None:
             bar.close()
         self._report()
@@ -232,8 +243,9 @@ class Run:
 
     def _event(self, i: int) -> Event:
         plan, a = self.plan, self.launch
-        copies = [arrays.cast(array, self.dtype) for array in (a.state[0], a.denoised)]
-        event = Event(int(plan.step[i]), i, float(plan.timestep[i]), float(plan.sigma[i]), *copies, plan.level(i + 1))
+        x, denoised = (arrays.cast(array, self.dtype) for array in (a.state[0], a.denoised))
+        at = (int(plan.step[i]), i, float(plan.timestep[i]), float(plan.sigma[i]))
+        event = Event(*at, x=x, denoised=denoised, level=plan.level(i + 1))
         if self.blend is None:
             return event
         x = self.blend(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from .guidance import Guidance
 from .plan import Plan
 from .run import Event, Run, time_column
 
-Backend = Literal["auto", "native", "reference"]
+Backend = Literal["auto", "native", "triton", "reference"]
 
 
 class Sampler:
@@ -42,6 +43,7 @@ class Sampler:
         guidance: Guidance | None = None,
         *,
         backend: Backend = "auto",
+        cuda_graph: bool = False,
         check: Literal["off", "flag", "raise"] = "off",
         progress: bool = False,
     ) -> None:
@@ -49,10 +51,16 @@ class Sampler:
             raise TypeError(f"plan: expected a Plan from pyguide.compile, got {type(plan).__name__}")
         if guidance is not None and not isinstance(guidance, Guidance):
             raise TypeError(f"guidance: expected a guidance method such as CFG(scale), got {type(guidance).__name__}")
-        if backend not in ("auto", "native", "reference"):
-            raise ValueError(f'backend: expected "auto", "native" or "reference", got {backend!r}')
-        if backend == "native" and native.C is None:
+        if backend not in ("auto", "native", "triton", "reference"):
+            raise ValueError(f'backend: expected "auto", "native", "triton" or "reference", got {backend!r}')
+        if backend == "triton":
+            raise RuntimeError("backend: this version has no Triton back end")
+        if native.C is None and backend == "native":
             raise RuntimeError(f"backend: the native kernel is not available: {native.reason}")
+        if native.C is None and backend == "auto":
+            warnings.warn(f"pyguide runs its slow reference: {native.reason}", RuntimeWarning, stacklevel=2)
+        if cuda_graph:
+            raise RuntimeError("cuda_graph: this version has no CUDA back end to capture")
         if check not in ("off", "flag", "raise"):
             raise ValueError(f'check: expected "off", "flag" or "raise", got {check!r}')
         self.model = models.wrap(model)
@@ -93,9 +101,13 @@ class Sampler:
         """
         wanted = blend is not None or callback is not None
         run = Run(self, noise, cond, uncond, conds, seeds, generator, noises, blend, events=wanted)
-        for event in run.events():
-            if callback is not None and event is not None:
-                callback(event)
+        if not wanted and not run.is_numpy:  # nobody's code but the model's runs in between: one switch for all calls
+            import torch
+
+            with torch.no_grad():
+                run.drain()
+        else:
+            run.drain(callback)
         return run.result()
 
     def stream(
@@ -113,7 +125,7 @@ class Sampler:
     ) -> Iterator[Event]:
         """The same run as an iterator of events, one per evaluation; the last one's x is the result."""
         run = Run(self, noise, cond, uncond, conds, seeds, generator, noises, blend, events=True)
-        return _followed(run, callback)
+        return run.events(callback)  # type: ignore[return-value]  # with events=True each one is an Event
 
     def _table(self, dtype: str) -> NDArray[Any]:
         """The plan's rows in the dtype of the state, their timestep column in the model's convention."""
@@ -123,11 +135,3 @@ class Sampler:
             table[:-1, 5] = time_column(self.plan, self.model.time)
             self._tables[key] = table.astype(dtype).ravel()
         return self._tables[key]
-
-
-def _followed(run: Run, callback: Callable[[Event], Any] | None) -> Iterator[Event]:
-    for event in run.events():
-        assert event is not None
-        if callback is not None:
-            callback(event)
-        yield event

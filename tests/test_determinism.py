@@ -33,7 +33,6 @@ def run(name, seeds, scales, backend="native", seeded=True):
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_bits_do_not_depend_on_the_batch(name, backend):
     scales = {seed: 1.0 + i for i, seed in enumerate(SEEDS)}
     alone = {seed: run(name, [seed], [scales[seed]], backend) for seed in SEEDS}

@@ -54,7 +54,6 @@ class Counting:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_equals_the_solver_run_in_float64(name, shape, backend):
     plan = PLANS[name]
     noise = pyguide.randn(3, shape, like=torch.empty(0)) * plan.init_scale
@@ -293,7 +292,6 @@ def test_a_stream_does_not_change_the_callers_grad_mode():
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "unipc", "heun"])
-@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_blend_answers_edits_as_the_solver_edited_in_place(solver, backend):
     path = VP.path(8)
     plan = pyguide.compile(solver, path, editable=True)

@@ -43,7 +43,7 @@ class Guidance(ABC):
         for name, pair in (("interval", interval), ("sigma_interval", sigma_interval)):
             if pair is not None and not (len(pair) == 2 and pair[0] <= pair[1]):
                 raise ValueError(f"{name}: expected (low, high) with low <= high, got {pair!r}")
-        self.scale: float | Floats | Callable[[int, int], float] = scale if callable(scale) else _finite(scale)
+        self.scale: Floats | Callable[[int, int], float] = scale if callable(scale) else _finite(scale)
         self.interval, self.sigma_interval, self.space = interval, sigma_interval, space
 
     @abstractmethod

@@ -1,0 +1,15 @@
+"""What all tests share: the back ends that a step can run on."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyguide import native
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every way to run a row on this machine; a new back end adds its name here and every test of the step runs on it."""
+    if request.param == "native" and native.C is None:
+        pytest.skip(f"no native kernel: {native.reason}")
+    return str(request.param)
