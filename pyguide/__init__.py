@@ -1,9 +1,9 @@
 """pyguide: guided diffusion sampling with one kernel between two model calls.
 
-    path = pyguide.schedules.scaled_linear().path(30)
-    plan = pyguide.compile("dpmpp_2m", path, prediction="epsilon")
-    sampler = pyguide.Sampler(model, plan, pyguide.CFG(5.0))
-    images = sampler(pyguide.randn(0, (4, 4, 64, 64), like=torch.empty(0)), cond={...}, uncond={...})
+path = pyguide.schedules.scaled_linear().path(30)
+plan = pyguide.compile("dpmpp_2m", path, prediction="epsilon")
+sampler = pyguide.Sampler(model, plan, pyguide.CFG(5.0))
+images = sampler(pyguide.randn(0, (4, 4, 64, 64), like=torch.empty(0)), cond={...}, uncond={...})
 """
 
 from . import models, schedules, solvers

@@ -1,4 +1,4 @@
-"""The few array operations that the sampler needs around a run, for numpy and torch alike. Nothing here runs per step."""
+"""The few array operations that a run needs around its loop, for numpy and torch alike. Nothing here runs per step."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Call:
 
 @dataclass
 class Routing:
-    """The calls of one evaluation; index[b, k] is the row of sample b's branch k in its call, -1 where it is not run."""
+    """The calls of one evaluation; index[b, k] is the row of branch k of sample b in its call, -1 if it is not run."""
 
     calls: list[Call]
     index: NDArray[np.int32]  # [B, K]
@@ -62,8 +62,8 @@ def check(name: str, cond: Any, batch: int) -> None:
             check(f"{name}[{key!r}]", value, batch)
         elif is_array(value) and (value.ndim == 0 or value.shape[0] != batch):
             raise ValueError(
-                f"{name}[{key!r}]: expected one row per sample ({batch}), got shape {tuple(value.shape)}; what all samples "
-                "share belongs into the model: wrap a function that passes it"
+                f"{name}[{key!r}]: expected one row per sample ({batch}), got shape {tuple(value.shape)}; "
+                "what all samples share belongs into the model: wrap a function that passes it"
             )
 
 
@@ -84,7 +84,9 @@ def stack(conds: list[Cond], call: Call, batch: int, name: str = "cond") -> dict
                 shapes = [tuple(row.shape) for row in rows]
                 raise ValueError(f"{name}[{key!r}]: the branches have shapes that cannot be stacked: {shapes}")
             stacked[key] = concatenate(rows)
-        elif any(is_array(value) or isinstance(value, Mapping) for value in values) or any(v != values[0] for v in values):
+        elif any(is_array(value) or isinstance(value, Mapping) for value in values) or any(
+            v != values[0] for v in values
+        ):
             raise ValueError(f"{name}[{key!r}]: the branches cannot share one call: {values}")
         else:
             stacked[key] = values[0]

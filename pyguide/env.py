@@ -89,8 +89,9 @@ def report() -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pyguide.env", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments = parser.parse_args(argv)
     found = report()
-    if parser.parse_args(argv).json:
+    if arguments.json:
         print(json.dumps(found, indent=2))
         return
     sections = {"": {key: found[key] for key in ("pyguide", "python", "platform", "cpus")}}

@@ -59,6 +59,7 @@ class NativeStep:
         inner = int(np.prod(a.state.shape[3:]))
         types = [arrays.dtype_name(a.state), str(self.dtype).removeprefix("torch.")]
         types += [arrays.dtype_name(a.inputs[0]), arrays.dtype_name(a.times[0])]
+        assert native.C is not None
         step = native.C.Step(batch, channels, inner, self.branches, slots, a.guidance_slots, *types)
         step.state, step.samples = arrays.pointer(a.state), arrays.pointer(a.samples)
         step.tables, step.weights = arrays.pointer(a.tables), arrays.pointer(a.weights)

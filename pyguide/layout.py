@@ -2,8 +2,8 @@
 
 Row of a plan with M solver slots, W = 8 + M M + 4 M numbers:
     a_x a_g clip_lo clip_hi c_in timestep var_lo var_hi | T[M][M] | d[M] | e[M] | n[M] | q[M]
-Guidance block of a launch with K branches and S slots, Sg of them the guidance method's own, P = 2 K + S + S K + Sg numbers:
-    w[K] | v[K] | o[S] | b[S][K] | h[Sg]
+Guidance block of a launch with K branches and S slots, Sg of them the guidance method's own, P = 2 K + S + S K + Sg
+    numbers: w[K] | v[K] | o[S] | b[S][K] | h[Sg]
 """
 
 from __future__ import annotations
@@ -79,18 +79,24 @@ def join_row(row: Row) -> NDArray[np.float64]:
 
 def split_row(values: NDArray[np.floating], slots: int) -> Row:
     """The row in `values` [W]; numbers keep the precision of the table."""
-    numbers = values.tolist()
+    numbers: list[float] = values.tolist()
+    a_x, a_g, clip_lo, clip_hi, c_in, timestep, var_lo, var_hi = numbers[:HEAD]
     cut = HEAD + slots * slots
     matrix = [numbers[HEAD + r * slots : HEAD + (r + 1) * slots] for r in range(slots)]
     d, e, n, q = (numbers[cut + i * slots : cut + (i + 1) * slots] for i in range(4))
-    return Row(*numbers[:HEAD], matrix, d, e, n, q)
+    return Row(a_x, a_g, clip_lo, clip_hi, c_in, timestep, var_lo, var_hi, matrix, d, e, n, q)
 
 
 def split_weights(
     values: NDArray[np.floating], branches: int, slots: int, guidance_slots: int, separate: bool
 ) -> Weights:
-    numbers = iter(values.tolist())
-    take = lambda count: [next(numbers) for _ in range(count)]  # noqa: E731
+    numbers: list[float] = values.tolist()
+
+    def take(count: int) -> list[float]:
+        taken = numbers[:count]
+        del numbers[:count]
+        return taken
+
     w, v, o = take(branches), take(branches), take(slots)
     b = [take(branches) for _ in range(slots)]
     return Weights(w, v if separate else None, o, b, take(guidance_slots))

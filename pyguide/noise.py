@@ -1,8 +1,8 @@
 """Counter-based noise: the same sample gets the same numbers in any batch, at any index, on every back end.
 
-Philox4x32-10 (Salmon et al. 2011) with key = the sample's 64-bit seed and counter = (q low, q high, ordinal, tag), where
-q = element // 4 and element is the logical row-major index within the sample. Its four words x0 .. x3 give four normals by
-Box-Muller, (z0, z1) from (x0, x1) and (z2, z3) from (x2, x3):
+Philox4x32-10 (Salmon et al. 2011) with key = the sample's 64-bit seed and counter = (q low, q high, ordinal, tag),
+where q = element // 4 and element is the logical row-major index within the sample. Its four words x0 .. x3 give four
+normals by Box-Muller, (z0, z1) from (x0, x1) and (z2, z3) from (x2, x3):
 
     u = (x_even + 1/2) 2^-32,  v = (x_odd + 1/2) 2^-32,  z = sqrt(-2 log u) (cos 2 pi v, sin 2 pi v)
 
@@ -67,10 +67,11 @@ def check_seeds(seeds: int | Sequence[int], batch: int) -> list[int]:
 
 
 def randn(seeds: int | Sequence[int], shape: Sequence[int], *, like: Any | None = None) -> Any:
-    """Initial noise [B, C, *], standard normal, from each sample's own stream (another one than the noise of the steps).
+    """Initial noise [B, C, *], standard normal, from each sample's own stream (another one than the noise of the
+    steps).
 
-    seeds: one per sample, or an integer s for s + b. like: an array whose kind, dtype and device the result has; without
-    it a float32 numpy array. Multiply by `path.init_scale` for the state at the first grid point.
+    seeds: one per sample, or an integer s for s + b. like: an array whose kind, dtype and device the result has;
+    without it a float32 numpy array. Multiply by `path.init_scale` for the state at the first grid point.
     """
     shape = tuple(operator.index(size) for size in shape)
     if not shape or min(shape) < 0:

@@ -31,13 +31,13 @@ def log_ratio(alpha: Floats, sigma: Floats) -> Floats:
         return np.asarray(np.log(alpha) - np.log(sigma), np.float64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoisePath:
     """A grid of N steps: N + 1 levels, the last one is where the sampler ends.
 
     alpha, sigma, lam: [N+1] float64. timestep: [N] what the model is told at each grid point.
-    init_scale: standard deviation of the state at the first grid point, as pure noise: 1 on variance-preserving and flow
-    paths, the largest sigma on edm paths.
+    init_scale: standard deviation of the state at the first grid point, as pure noise: 1 on variance-preserving and
+    flow paths, the largest sigma on edm paths.
     """
 
     alpha: Floats
@@ -87,10 +87,18 @@ class NoisePath:
         lam = float(lam)
         if math.isnan(lam):
             raise ValueError("at: lam must be a number, got nan")
-        return Level(*self.schedule.alpha_sigma(lam), lam, self.schedule.timestep_at(lam))
+        try:
+            alpha, sigma = self.schedule.alpha_sigma(lam)
+        except OverflowError:
+            sigma = math.inf
+        if sigma == math.inf:
+            raise ValueError(f"at: this schedule has no level of finite sigma at lam={lam}")
+        return Level(alpha, sigma, lam, self.schedule.timestep_at(lam))
 
     def noise_at(self, x0: Any, noise: Any) -> Any:
         """alpha[0] x0 + sigma[0] noise: the state that image-to-image starts from. x0, noise: [B, C, *] arrays."""
         if getattr(x0, "shape", None) != getattr(noise, "shape", None):
-            raise ValueError(f"noise: shape {getattr(noise, 'shape', None)} must equal x0's {getattr(x0, 'shape', None)}")
+            raise ValueError(
+                f"noise: shape {getattr(noise, 'shape', None)} must equal x0's {getattr(x0, 'shape', None)}"
+            )
         return x0 * float(self.alpha[0]) + noise * float(self.sigma[0])

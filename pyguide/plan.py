@@ -17,14 +17,25 @@ from .path import Floats, Level
 
 FORMAT = 1
 _ARRAYS = ("timestep", "sigma", "alpha", "step", "table")
+_SCALARS: dict[str, Any] = {
+    "slots": int,
+    "steps": int,
+    "train_steps": int,
+    "init_scale": (int, float),
+    "residual": (int, float),
+    "replay_error": (int, float),
+    "solver": str,
+    "prediction": str,
+    "editable": bool,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A sampler as numbers: immutable, hashable, thread-safe, on no device. Made by `pyguide.compile`.
 
-    R model evaluations, M slots, R + 1 rows of W = 8 + M M + 4 M numbers each; see layout.py for a row and reference.py for
-    what a row does. Row 0 runs before the first evaluation, row i consumes evaluation i - 1.
+    R model evaluations, M slots, R + 1 rows of W = 8 + M M + 4 M numbers each; see layout.py for a row and reference.py
+    for what a row does. Row 0 runs before the first evaluation, row i consumes evaluation i - 1.
     """
 
     table: Floats  # [R+1, W] float64
@@ -74,7 +85,16 @@ class Plan:
         return Level(alpha, sigma, lam, float(self.timestep[index]) if index < self.evaluations else 0.0)
 
     def _key(self) -> tuple[Any, ...]:
-        scalars = (self.slots, self.steps, self.end, self.solver, self.prediction, self.editable, self.init_scale, self.train_steps)
+        scalars = (
+            self.slots,
+            self.steps,
+            self.end,
+            self.solver,
+            self.prediction,
+            self.editable,
+            self.init_scale,
+            self.train_steps,
+        )
         return (*scalars, *(getattr(self, name).tobytes() for name in _ARRAYS))
 
     def __eq__(self, other: object) -> bool:
@@ -105,10 +125,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan of `to_json`; ValueError where the text is not one or its format is unknown. Nothing in it is run."""
+        """The plan of `to_json`; ValueError if the text is not one or its format is unknown. Nothing in it is run."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"text: expected the JSON of a plan, got {text[:40]!r} ({error})") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else type(values).__name__
@@ -119,11 +139,14 @@ class Plan:
         try:
             for name in _ARRAYS:
                 values[name] = np.array(_numbers(values[name]), np.float64)
+            if (values["step"] != np.round(values["step"])).any():
+                raise ValueError(f"step: expected integers, got {values['step']}")
             values["end"] = tuple(float(value) for value in values["end"])
             values["names"] = tuple(tuple(str(name) for name in row) for row in values["names"])
-            for name, kind in (("slots", int), ("steps", int), ("train_steps", int), ("init_scale", float)):
-                values[name] = kind(values[name])
-        except (TypeError, ValueError) as error:
+            for name, kind in _SCALARS.items():
+                if not isinstance(values[name], kind) or (kind is not bool and isinstance(values[name], bool)):
+                    raise TypeError(f"{name}: got {values[name]!r}")
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"text: a field of the plan is malformed: {error}") from None
         return cls(**values)
 
@@ -143,7 +166,8 @@ class Plan:
         for i, row in enumerate(self.rows):
             head = f"row {i:4d}"
             if i < self.evaluations:
-                head += f"  step {self.step[i]:4d}  t {row.timestep:10.4f}  sigma {self.sigma[i]:9.4g}  c_in {row.c_in:7.4g}"
+                head += f"  step {self.step[i]:4d}  t {row.timestep:10.4f}"
+                head += f"  sigma {self.sigma[i]:9.4g}  c_in {row.c_in:7.4g}"
             else:
                 head += f"  result  sigma {self.end[1]:9.4g}"
             parts = []
@@ -195,9 +219,13 @@ def _validate(plan: Plan) -> None:
         raise ValueError(f"end: expected (alpha, sigma), finite, got {plan.end}")
     if plan.steps < 1 or (plan.step < 0).any() or (plan.step >= plan.steps).any():
         raise ValueError(f"step: expected values in [0, steps={plan.steps}), got {plan.step}")
-    for name in ("timestep", "sigma", "alpha"):
+    for name in ("timestep", "sigma", "alpha", "init_scale", "residual", "replay_error"):
         if not np.isfinite(getattr(plan, name)).all():
             raise ValueError(f"{name}: every value must be finite, got {getattr(plan, name)}")
+    if plan.names and (len(plan.names) != R + 1 or any(len(row) != M for row in plan.names)):
+        raise ValueError(f"names: expected {R + 1} rows of {M} names, got {plan.names}")
+    if (plan.table[:R, 5] != plan.timestep).any():
+        raise ValueError(f"timestep: expected those of the table, {plan.table[:R, 5]}, got {plan.timestep}")
     bounds = np.zeros(row_width(M), bool)
     bounds[2:4] = True
     for i, row in enumerate(plan.table):

@@ -1,4 +1,5 @@
-"""What a network predicts, as linear maps: the clean sample D and the noise estimate E from the input x and the output m.
+"""What a network predicts, as linear maps: the clean sample D and the noise estimate E from the input x and the output
+m.
 
     D = a_x x + a_m m        E = (x - alpha D) / sigma = e_x x + e_m m        network input = c_in x
 
@@ -49,7 +50,9 @@ def conversion(prediction: str, level: Level, sigma_data: float = 0.5) -> Conver
     if sigma <= 0:
         raise ValueError(f"level: a model is evaluated at sigma > 0, got sigma={sigma} (alpha={alpha})")
     if prediction in ("epsilon", "score") and alpha == 0:
-        raise ValueError(f"prediction: {prediction!r} does not determine the clean sample at alpha=0 (pure noise); use 'v'")
+        raise ValueError(
+            f"prediction: {prediction!r} does not determine the clean sample at alpha=0 (pure noise); use 'v'"
+        )
     if prediction == "epsilon":
         return Conversion(1 / alpha, -sigma / alpha, 0.0, 1.0, 1.0)
     if prediction == "score":

@@ -1,13 +1,14 @@
 """From the linear forms of a solver to rows that update a small state.
 
-Let F_i be the form of the i-th model input and F_R the result. What the sampler must remember between two rows is the space
-spanned by the known parts of all future forms, and no less (minimal realisation; Ho, Kalman 1966): its dimension is the
-number of slots. The basis is taken from *natural* vectors, values of the size of data that the solver computes anyway, so
-that the coefficients of the rows stay near 1: what the solver kept alive, earlier predictions and inputs, and only then the
-known part of a future input.
+Let F_i be the form of the i-th model input and F_R the result. What the sampler must remember between two rows is the
+space spanned by the known parts of all future forms, and no less (minimal realisation; Ho, Kalman 1966): its dimension
+is the number of slots. The basis is taken from *natural* vectors, values of the size of data that the solver computes
+anyway, so
+that the coefficients of the rows stay near 1: what the solver kept alive, earlier predictions and inputs, and only then
+the known part of a future input.
 
-Two approximations keep this linear in R, and the certificate of the caller checks both: a window of the next 12 forms stands
-for all of them, and vectors longer than SKETCH are compared through a fixed random projection.
+Two approximations keep this linear in R, and the certificate of the caller checks both: a window of the next 12 forms
+stands for all of them, and vectors longer than SKETCH are compared through a fixed random projection.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ WINDOW = 12
 SKETCH = 48
 TOLERANCE = 1e-11  # of a form's norm: below it a direction of the future is rounding noise
 GOOD_BASIS = 4.0  # coefficients of the future on a basis: up to here the first basis that fits is taken
+
+
+Place = tuple[str, int]  # of a coefficient in a row: T, d, e or n, and the slot that it reads
 
 
 class Candidate(NamedTuple):
@@ -53,7 +57,7 @@ class Realization:
 
 
 def realize(trace: Trace, init_scale: float = 1.0) -> Realization:
-    """Choose slots and solve for the rows; TraceError names the row where no state of at most MAX_SLOTS spans the future."""
+    """Choose slots and solve for the rows; TraceError names a row whose future no state of MAX_SLOTS values spans."""
     return _Realizer(trace, init_scale).run()
 
 
@@ -70,12 +74,19 @@ class _Realizer:
         self.known = [*trace.known, size]
         self.magnitude = np.ones(size)
         self.magnitude[0] = init_scale
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.norm = np.hypot(self.F[:, 0] * init_scale, _norms(self.F[:, 1:]))
+        if not np.isfinite(self.norm).all():
+            row = int(np.argmin(np.isfinite(self.norm)))
+            raise TraceError(f"row {row}: the solver's state is not finite (norm of its linear form {self.norm[row]})")
         self.directions = self._merge_noises()
-        self.norm = np.linalg.norm(self.F * self.magnitude, axis=1)
+        self.several = [(js, direction) for js, direction in self.directions.values() if len(js) > 1]
         rng = np.random.default_rng(0)
         self.projection = np.eye(size) if size <= SKETCH else rng.standard_normal((size, SKETCH)) / SKETCH**0.5
         self.projection *= self.magnitude[:, None]
-        self.patterns: dict[tuple[Hashable, ...], float] = {}  # bases found so far -> cost up to which they are taken again
+        self.patterns: dict[
+            tuple[Hashable, ...], float
+        ] = {}  # bases found so far -> cost up to which they are taken again
         self.sketches: dict[Hashable, Floats] = {}
         self.window = np.zeros((WINDOW, self.projection.shape[1]))  # sketches of the next forms, their known part
 
@@ -94,7 +105,9 @@ class _Realizer:
             if len(js) > 1:
                 _, strength, right = np.linalg.svd(part, full_matrices=False)
                 if strength[1] > 1e-12 * strength[0]:
-                    raise TraceError(f"row {row}: {len(js)} independent noises between two model calls; a row has one z")
+                    raise TraceError(
+                        f"row {row}: {len(js)} independent noises between two model calls; a row has one z"
+                    )
                 direction = right[0] * (1.0 if right[0].sum() >= 0 else -1.0)
                 self.F[:, js[0]] = part @ direction
                 self.F[:, js[1:]] = 0.0
@@ -106,9 +119,9 @@ class _Realizer:
 
     def _merged(self, vector: Floats) -> Floats:
         """A live value with the draws of each row replaced by the row's one z."""
-        out = vector.copy()
-        for js, direction in self.directions.values():
-            if len(js) > 1 and js[-1] < len(out):
+        out = vector.copy() if self.several else vector
+        for js, direction in self.several:
+            if js[-1] < len(out):
                 out[js[0]] = out[js] @ direction
                 out[js[1:]] = 0.0
         return out
@@ -181,24 +194,28 @@ class _Realizer:
         if not found:
             return pools
         sketches = np.array([sketch for *_, sketch in found])
-        size = np.linalg.norm(sketches, axis=1)
+        size = _norms(sketches)
         written, residual = _fit(np.array(basis), sketches)
         usable = (size > TOLERANCE * self.norm[i]) & (residual < TOLERANCE * np.maximum(size, 1e-300))
-        first = future[0] / np.linalg.norm(future[0])
+        first = future[0] / _norms(future[0])
         usable &= size - np.abs(sketches @ first) > 1e-12 * size
-        for (pool, key, pattern, sketch), ok, coefficients in zip(found, usable, written, strict=True):
-            if ok:
-                pools[pool].append(Candidate(key, pattern, sketch, float(np.abs(coefficients).max())))
+        largest = np.abs(written).max(axis=1).tolist()
+        for k in np.flatnonzero(usable):
+            pool, key, pattern, sketch = found[k]
+            pools[pool].append(Candidate(key, pattern, sketch, largest[k]))
         return pools
 
     # ---- choosing a state -------------------------------------------------------------------------------------
     def _costs(self, i: int, chosen: list[list[Candidate]], future: Floats) -> Floats:
-        """Largest coefficient on each basis [slot 0, *candidates], of the future and of writing it; inf where it spans not."""
+        """Largest coefficient of the future on each basis [slot 0, *candidates], and of writing it; inf: no basis."""
         bases = np.array([[future[0], *(c.sketch for c in candidates)] for candidates in chosen])
-        size = np.linalg.norm(bases, axis=2, keepdims=True)
+        size = _norms(bases)[..., None]
         bases = bases / size
-        solution = future @ np.linalg.pinv(bases, rcond=1e-12)
-        residual = np.linalg.norm(solution @ bases - future, axis=2).max(axis=1)
+        if len(bases) == 1:
+            solution = np.linalg.lstsq(bases[0].T, future.T, rcond=1e-12)[0].T[None]
+        else:
+            solution = future @ np.linalg.pinv(bases, rcond=1e-12)
+        residual = _norms(solution @ bases - future).max(axis=1)
         size[:, 0] *= self.norm[i]  # future[0] is the next input over its norm
         plain = solution * self.norm[i : i + WINDOW, None] / np.swapaxes(size, 1, 2)
         read = np.maximum(np.abs(solution), np.abs(plain)).max(axis=(1, 2))
@@ -213,10 +230,11 @@ class _Realizer:
             return []
         live, others = self._candidates(i, future, basis)
         named = {c.pattern: c for c in [*live, *others]}
-        for pattern, accepted in self.patterns.items():
+        for pattern, accepted in reversed([*self.patterns.items()]):
             if len(pattern) == rank - 1 and all(name in named for name in pattern):
                 state = [named[name] for name in pattern]
                 if self._costs(i, [state], future)[0] <= accepted:
+                    self.patterns[pattern] = self.patterns.pop(pattern)  # tried first at the next row
                     return state
         for count in range(rank - 1, MAX_SLOTS):
             best, cost = None, np.inf
@@ -234,17 +252,25 @@ class _Realizer:
         raise TraceError(f"row {i}: no state of at most {MAX_SLOTS} values determines what the solver does next")
 
     # ---- rows -------------------------------------------------------------------------------------------------
-    def _solve(self, basis: dict[tuple[str, int], Floats], target: Floats) -> dict[tuple[str, int], float]:
-        """Coefficients of target on the basis, without those at rounding level: they are exactly 0, never read."""
-        places = list(basis)
-        while places:
-            solution, _ = _fit(np.array([basis[p] for p in places]), target[None])
-            size = np.array([np.linalg.norm(basis[p]) for p in places])
-            kept = np.abs(solution[0]) * size > 1e-13 * np.linalg.norm(target)
-            if kept.all():
-                return dict(zip(places, solution[0].tolist(), strict=True))
-            places = [p for p, keep in zip(places, kept, strict=True) if keep]
-        return {}
+    def _solve(self, basis: dict[Place, Floats], targets: dict[int, Floats]) -> dict[int, dict[Place, float]]:
+        """Coefficients of each target on the basis, without those at rounding level: they are exactly 0, never read."""
+        places, vectors = list(basis), np.array(list(basis.values()))
+        size = _norms(vectors)
+        solved, rows = {}, np.array(list(targets.values()))
+        first, _ = _fit(vectors, rows)
+        limits = 1e-13 * _norms(rows)
+        for (slot, target), coefficients, limit in zip(targets.items(), first, limits, strict=True):
+            used = np.arange(len(places))
+            while not (kept := np.abs(coefficients) * size[used] > limit).all():
+                used = used[kept]
+                if len(used) > 1:
+                    coefficients = _fit(vectors[used], target[None])[0][0]
+                    continue
+                # a copy of one value is exactly that
+                coefficients = np.array([(vectors[k] @ target) / (vectors[k] @ vectors[k]) for k in used])
+                break
+            solved[slot] = {places[k]: value for k, value in zip(used.tolist(), coefficients.tolist(), strict=True)}
+        return solved
 
     def _assign(self, held: list[Candidate | None], state: list[Candidate]) -> list[Candidate | None]:
         """Slots 1 .. after a row: a value keeps its slot for as long as it lives, new ones take free slots."""
@@ -264,7 +290,7 @@ class _Realizer:
         sketches = {0: self.projection[0]}  # slot -> what it holds before the row
         held: list[Candidate | None] = []
         states: list[list[Candidate | None]] = []
-        rows: list[dict[int, dict[tuple[str, int], float]]] = []  # row -> slot -> (coefficient, index) -> value
+        rows: list[dict[int, dict[Place, float]]] = []  # row -> slot -> (coefficient, index) -> value
         for i in range(self.R + 1):
             basis = {("T", c): sketch for c, sketch in sketches.items()}
             for kind, place in (("D", "d"), ("E", "e")):
@@ -276,13 +302,15 @@ class _Realizer:
             state = self._assign(held, self._state(i, list(basis.values()))) if i < self.R else []
             x = self.window[0].copy()
             bare = x - self.projection[self.known[i] - 1] if self.trace.editable and i < self.R else x
-            row = {0: self._solve(basis, bare)}  # the row writes x; the caller's edit comes afterwards
+            targets, row = {0: bare}, {}  # the row writes x; the caller's edit comes afterwards
             for r, candidate in enumerate(state, 1):
                 if candidate is None:
                     continue
-                kept = r <= len(held) and (before := held[r - 1]) is not None and before.key == candidate.key
-                row[r] = {("T", r): 1.0} if kept else self._solve(basis, candidate.sketch)
-            rows.append(row)
+                if r <= len(held) and (before := held[r - 1]) is not None and before.key == candidate.key:
+                    row[r] = {("T", r): 1.0}
+                else:
+                    targets[r] = candidate.sketch
+            rows.append(row | self._solve(basis, targets))
             states.append(state)
             sketches = {0: x} | {r: c.sketch for r, c in enumerate(state, 1) if c is not None}
             held = state
@@ -297,7 +325,8 @@ class _Realizer:
                         vectors["den".index(place), i, r] = value
         names = [["x", *(_label(c) for c in state), *[""] * (slots - 1 - len(state))] for state in states]
         draws = [self.directions[i][1] if i in self.directions else np.zeros(0) for i in range(self.R + 1)]
-        done = Realization(T, *vectors, names, draws, 0.0)
+        d, e, n = vectors
+        done = Realization(T, d, e, n, names, draws, 0.0)
         done.residual = self._residual(done)
         return done
 
@@ -322,16 +351,21 @@ class _Realizer:
         return float(worst)
 
 
+def _norms(vectors: Floats) -> Floats:
+    """Euclidean norms along the last axis; np.linalg.norm takes three times as long on rows as short as these."""
+    return np.asarray(np.sqrt(np.einsum("...i,...i->...", vectors, vectors)))
+
+
 def _fit(basis: Floats, targets: Floats) -> tuple[Floats, Floats]:
     """Least-squares coefficients [targets, basis] and residual norms of each target on the basis (rows of both)."""
-    size = np.linalg.norm(basis, axis=1)
+    size = _norms(basis)
     scaled = basis / size[:, None]
     solution = np.linalg.lstsq(scaled.T, targets.T, rcond=None)[0].T
-    return solution / size, np.linalg.norm(solution @ scaled - targets, axis=1)
+    return solution / size, _norms(solution @ scaled - targets)
 
 
 def _label(candidate: Candidate | None) -> str:
     if candidate is None:
         return ""
-    kind, number, *_ = candidate.key  # type: ignore[misc]
+    kind, number = candidate.key[0], candidate.key[1]  # type: ignore[index]
     return f"{ {'input': 'x', 'value': 'v', 'future': 'f'}.get(kind, kind) }{number}"

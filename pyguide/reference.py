@@ -10,13 +10,14 @@ Per element, with the K branch outputs m_k, the slots s_c (s_0 is the noisy x) a
     s'_r = h_r s_r + sum_k b_rk m_k                                                         guidance slots
     next model input = c_in s'_0
 
-A coefficient that is exactly 0 means "not read": the operand may hold anything, NaN included. Works on numpy arrays and on
-torch tensors, in the dtype of the state. Source: DESIGN of the row form; Karras et al. 2022 for the D parametrisation.
+A coefficient that is exactly 0 means "not read": the operand may hold anything, NaN included. Works on numpy arrays and
+on torch tensors, in the dtype of the state. Source: DESIGN of the row form; Karras et al. 2022 for the D
+parametrisation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy as np
 from .layout import Row, Weights
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    pass
 
 Array = Any
 
@@ -35,7 +36,7 @@ class Stepped(NamedTuple):
 
 
 def combine(terms: Iterable[tuple[float, Array]], like: Array) -> Array:
-    """sum of coefficient * operand over the terms whose coefficient is not exactly 0; zeros like `like` if none is left."""
+    """sum of coefficient * operand over the terms whose coefficient is not exactly 0; zeros if none is left."""
     total = None
     for coefficient, operand in terms:
         if coefficient != 0:
@@ -95,7 +96,8 @@ def step(
     for r, old in enumerate(slots):
         branches = list(zip(raw[r], outputs, strict=True)) if raw else []
         if r >= own:  # the guidance method's own slots; the prologue has no guidance and leaves them alone
-            new.append(old if weights is None else combine([(weights.h[r - own], old), *branches], x))
+            terms = [] if weights is None else [(weights.h[r - own], old), *branches]
+            new.append(combine(terms, x) if any(coefficient != 0 for coefficient, _ in terms) else old)
             continue
         if r >= solver_slots:  # of another plan in the same launch
             new.append(old)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from . import arrays, native
 from .arrays import Array
 from .conditions import Call, Cond, Routing, check, route, stack
-from .guidance import Guidance
 from .launch import Launch, NativeStep, ReferenceStep, place_samples
 from .layout import NONFINITE, weights_width
 from .noise import check_seeds
@@ -29,9 +28,10 @@ if TYPE_CHECKING:
 class Event:
     """What a run looks like after one model evaluation.
 
-    step: the solver step that the evaluation belongs to. row: the evaluation, 0 .. R-1. timestep, sigma: where the model was
-    evaluated. x: the new state [B, C, *], a copy, in the dtype of the noise. denoised: the predicted clean sample D of this
-    evaluation, a copy. level: alpha, sigma and lam of x: what a known image is noised to before it is blended in.
+    step: the solver step that the evaluation belongs to. row: the evaluation, 0 .. R-1. timestep, sigma: where the
+    model was evaluated. x: the new state [B, C, *], a copy, in the dtype of the noise. denoised: the predicted clean
+    sample D of this evaluation, a copy. level: alpha, sigma and lam of x: what a known image is noised to before it is
+    blended in.
     """
 
     step: int
@@ -72,6 +72,7 @@ class Run:
             raise ValueError(f"{named[1]}: expected one source of noise, got {' and '.join(named)}")
         self.seeds = None if seeds is None else check_seeds(seeds, self.batch)
         self.draws = Draws(self.plan, noise, generator, noises)
+        self.noisy = frozenset(self.plan.stochastic_rows if seeds is None else ())
         self.batched = sampler.guidance is None or sampler.guidance.batched
         self.branches: tuple[str, ...] = ("cond",)
         weights = np.ones((self.plan.evaluations, self.batch, 1))
@@ -92,9 +93,12 @@ class Run:
         self.output_dtype: Any = self.launch.inputs[0].dtype
         self.routes = self._routes(active, by_branch)
         if sampler.backend == "auto" and not on_cpu:
-            warnings.warn(f"no fused kernel for {noise.device} yet: pyguide runs its reference", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"no fused kernel for {noise.device} yet: pyguide runs its reference", RuntimeWarning, stacklevel=3
+            )
         runner = NativeStep if sampler.backend != "reference" and native.C is not None and on_cpu else ReferenceStep
         self.step = runner(self.launch)
+        self.step.use_noise(bool(self.noisy))
 
     # ---- setting up -------------------------------------------------------------------------------------------
     def _conditions(
@@ -117,7 +121,9 @@ class Run:
             return [given.get(self.branches[0], {})]
         for name, used in zip(self.branches, needed, strict=True):
             if used and name not in given:
-                raise ValueError(f"{name}: {self.sampler.guidance!r} runs this branch and needs its conditions ({{}} if none)")
+                raise ValueError(
+                    f"{name}: {self.sampler.guidance!r} runs this branch and needs its conditions ({{}} if none)"
+                )
         return [given.get(name, {}) for name in self.branches]
 
     def _buffers(self, weights: NDArray[np.float64]) -> Launch:
@@ -128,12 +134,13 @@ class Run:
         rows, count = (self.batch * K, 1) if self.batched else (self.batch, K)
         whole = self.model.time == "timestep" and bool((plan.timestep == np.round(plan.timestep)).all())
         told = time_dtype(whole, state_dtype == "float64")
-        inputs = [arrays.empty((rows, *self.shape[1:]), self.model.dtype or self.dtype, self.like) for _ in range(count)]
+        inputs = [
+            arrays.empty((rows, *self.shape[1:]), self.model.dtype or self.dtype, self.like) for _ in range(count)
+        ]
         times = [arrays.empty((rows,), told, self.like) for _ in range(count)]
         shared = bool((weights == weights[:, :1]).all())
         blocks = np.zeros((1 if shared else self.batch, plan.evaluations + 1, weights_width(K, S, 0)))
         blocks[:, 1:, :K] = np.swapaxes(weights[:, :1] if shared else weights, 0, 1)
-        supplied = plan.stochastic_rows and self.seeds is None
         return Launch(
             state=state,
             inputs=inputs * (K // count),
@@ -141,7 +148,7 @@ class Run:
             tables=self.sampler._table(state_dtype),
             weights=blocks.astype(state_dtype).ravel(),
             samples=place_samples(self.batch, plan.evaluations + 1, S, self.seeds, 0 if shared else blocks[0].size),
-            noise=arrays.empty(self.shape, state_dtype, self.like) if supplied else None,
+            noise=arrays.empty(self.shape, state_dtype, self.like) if self.noisy else None,
             denoised=arrays.empty(self.shape, state_dtype, self.like) if self.wants_events else None,
             check=self.sampler.check != "off",
         )
@@ -149,8 +156,12 @@ class Run:
     def _routes(self, active: NDArray[np.bool_], conds: list[Cond]) -> list[Routing]:
         """One routing per evaluation; evaluations that run the same branches of the same samples share it."""
         known: dict[bytes, Routing] = {}
-        routes = []
-        for here in active:
+        routes: list[Routing] = []
+        same = (active[1:] == active[:-1]).all(axis=(1, 2)).tolist()
+        for i, here in enumerate(active):
+            if i and same[i - 1]:
+                routes.append(routes[-1])
+                continue
             key = here.tobytes()
             if key not in known:
                 known[key] = routing = route(here, self.batched)
@@ -174,44 +185,45 @@ class Run:
         """Run; yields after each evaluation: an event, told to the callback first, or None if nobody wants them."""
         if self.step is None:
             return
-        plan, step, draws, model = self.plan, self.step, self.draws, self.model
-        noisy = set(plan.stochastic_rows) if self.seeds is None else ()
+        step, model, accepted = self.step, self.model, self._accepted
         nowhere = np.full((self.batch, len(self.branches)), -1, np.int32)
-        bar = _bar(plan.evaluations) if self.sampler.progress else None
-        for i in range(plan.evaluations + 1):
-            here = self.routes[i] if i < plan.evaluations else None
-            outputs: list[Array] = []
-            if i:
-                calls = self.routes[i - 1].calls
-                outputs = [self._accepted(model(call.x, call.t, **call.cond), call) for call in calls]
-                if not self.batched:
-                    outputs = self._by_branch(outputs, calls)
-            if i in noisy:
-                draws.fill(self.launch.noise, i)
-            if noisy:
-                step.use_noise(i in noisy)
-            step.advance(outputs, nowhere if i == 0 else self.routes[i - 1].index, nowhere if here is None else here.index)
-            if i:
-                if bar is not None:
-                    bar.update()
-                event = self._event(i - 1) if self.wants_events else None
-                if callback is not None and event is not None:
-                    callback(event)
-                yield event
+        bar = _bar(len(self.routes)) if self.sampler.progress else None
+        self._draw(0)
+        step.advance((), nowhere, self.routes[0].index)
+        targets = [routing.index for routing in self.routes[1:]] + [nowhere]
+        for i, (routing, target) in enumerate(zip(self.routes, targets, strict=True)):
+            outputs = [accepted(model(call.x, call.t, **call.cond), call) for call in routing.calls]
+            if not self.batched:
+                outputs = self._by_branch(outputs, routing.calls)
+            self._draw(i + 1)
+            step.advance(outputs, routing.index, target)
+            if bar is not None:
+                bar.update()
+            event = self._event(i) if self.wants_events else None
+            if callback is not None and event is not None:
+                callback(event)
+            yield event
         if bar is not None:
             bar.close()
         self._report()
+
+    def _draw(self, row: int) -> None:
+        """Noise from outside for a row that adds some; rows with seeds draw theirs in the kernel."""
+        if row in self.noisy:
+            self.draws.fill(self.launch.noise, row)
 
     def _by_branch(self, outputs: list[Array], calls: list[Call]) -> list[Array]:
         by_branch: list[Array] = [None] * len(self.branches)
         for call, output in zip(calls, outputs, strict=True):
             if output.dtype != outputs[0].dtype:
-                raise TypeError(f"model: the branches came as {outputs[0].dtype} and {output.dtype}; expected one dtype")
+                raise TypeError(
+                    f"model: the branches came as {outputs[0].dtype} and {output.dtype}; expected one dtype"
+                )
             by_branch[call.branch] = output
         return by_branch
 
     def _accepted(self, out: Array, call: Call) -> Array:
-        """The model's output, checked; copied only where the kernel cannot walk it or it lies in the model's own input."""
+        """The model's output, checked; copied only if the kernel cannot walk it or it lies in the model's own input."""
         if out.shape != call.shape or out.dtype != self.output_dtype:
             self._check_output(out, call)
         if self.is_numpy:
@@ -284,7 +296,8 @@ class Draws:
                 raise ValueError(f"noises: the plan has {len(self.order)} noisy rows, got {len(self.noises)} arrays")
             for k, z in enumerate(self.noises):
                 if type(z) is not type(like) or tuple(z.shape) != shape:
-                    raise ValueError(f"noises[{k}]: expected {type(like).__name__} {shape}, got {type(z).__name__} {tuple(np.shape(z))}")
+                    got = f"{type(z).__name__} {tuple(np.shape(z))}"
+                    raise ValueError(f"noises[{k}]: expected {type(like).__name__} {shape}, got {got}")
         if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
             raise ValueError(f"generator: expected one, or one per sample ({shape[0]}), got {len(generator)}")
 

@@ -23,17 +23,18 @@ class Sampler:
     """Samples a model with a plan: the model is called once per evaluation, everything else is one kernel.
 
     model: anything that `models.wrap` takes. Called as model(x, t, **cond): x [n, C, *] with the branches stacked, the
-        unconditional one first, t [n], the conditions stacked alike. x and t are the sampler's buffers: copy what you keep.
+        unconditional one first, t [n], the conditions stacked alike. x and t are the sampler's buffers: copy what you
+        keep.
     plan: from `pyguide.compile`.
     guidance: CFG(...) and its relatives; None calls the model once, with `cond`.
-    backend: "native" (the C++ kernel, CPU), "reference" (plain array arithmetic, any device), or "auto": native where it can
-        run, else the reference; `repr` says which and why.
+    backend: "native" (the C++ kernel, CPU), "reference" (plain array arithmetic, any device), or "auto": native where
+        it can run, else the reference; `repr` says which and why.
     check: "flag" leaves in `nonfinite` [B] which samples of the last run met NaN or infinity, "raise" makes it a
         FloatingPointError at the end of the run; neither looks at the data in between.
     progress: a tqdm bar over the evaluations.
 
-    The state is float32 (float64 for float64 noise), model inputs have the model's dtype, results that of the noise. A sample
-    with a seed is bit-identical alone, in any batch, at any index, for a model that is.
+    The state is float32 (float64 for float64 noise), model inputs have the model's dtype, results that of the noise. A
+    sample with a seed is bit-identical alone, in any batch, at any index, for a model that is.
     """
 
     def __init__(
@@ -64,13 +65,15 @@ class Sampler:
         if check not in ("off", "flag", "raise"):
             raise ValueError(f'check: expected "off", "flag" or "raise", got {check!r}')
         self.model = models.wrap(model)
-        self.plan, self.guidance, self.backend, self.check, self.progress = plan, guidance, backend, check, progress
+        self.plan, self.guidance, self.progress = plan, guidance, progress
+        self.backend: Backend = backend
+        self.check = check
         self.nonfinite: NDArray[np.bool_] | None = None
         self._tables: dict[tuple[str, str], NDArray[Any]] = {}
         time_column(plan, self.model.time)  # a convention that the plan cannot serve is an error now
 
     def __repr__(self) -> str:
-        which = self.backend
+        which: str = self.backend
         if which == "auto":
             which = "native" if native.C is not None else f"reference, because {native.reason}"
         return f"Sampler({self.plan!r}, {self.guidance!r}, backend={which})"
@@ -88,13 +91,14 @@ class Sampler:
         blend: Callable[[Event], Array] | None = None,
         callback: Callable[[Event], Any] | None = None,
     ) -> Array:
-        """Sample. noise [B, C, *]: the state at the first grid point, unit normal times `path.init_scale`; not written to.
+        """Sample. noise [B, C, *]: the state at the first grid point, unit normal times `path.init_scale`; not written
+        to.
 
-        cond, uncond, conds: conditions by branch, mappings of names to arrays [B, ...] (nested mappings too); `conds` has
-            them by the guidance method's branch names.
-        seeds, generator, noises: where a stochastic plan's noise comes from: one seed a sample (an integer s means s + b); a
-            torch or numpy generator (or one per sample), asked once per noisy row; or the noises themselves, one [B, C, *]
-            per noisy row. With none of them, torch's (numpy's) global generator.
+        cond, uncond, conds: conditions by branch, mappings of names to arrays [B, ...] (nested mappings too); `conds`
+            has them by the guidance method's branch names.
+        seeds, generator, noises: where a stochastic plan's noise comes from: one seed a sample (an integer s means s +
+            b); a torch or numpy generator (or one per sample), asked once per noisy row; or the noises themselves, one
+            [B, C, *] per noisy row. With none of them, torch's (numpy's) global generator.
         blend: event -> array that replaces event.x, as in inpainting; needs a plan compiled with editable=True.
         callback: called with every event.
         Returns a new array like noise. Errors name the argument, before anything is run.

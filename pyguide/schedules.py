@@ -13,6 +13,7 @@ lam = log(alpha / sigma) is half the log signal-to-noise ratio; it is -inf at pu
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -73,7 +74,8 @@ class Schedule(ABC):
         steps: number of solver steps N. Optional when timesteps or sigmas are sequences.
         spacing: how timesteps are spread over training ones, as diffusers names them: "leading" (i T//N + offset),
             "trailing" (from the last one down by T/N), "linspace" (from the last to the first). A flow path is
-            continuous: leading and trailing are 1, 1-1/N, ..., 1/N, linspace ends at 1/T. edm paths have one grid (Karras).
+            continuous: leading and trailing are 1, 1-1/N, ..., 1/N, linspace ends at 1/T. edm paths have one grid
+                (Karras).
         timesteps: the timesteps themselves, descending; fractional ones are interpolated in log sigma. Together with
             `sigmas`, they are only what the model is told.
         sigmas: "karras" (Karras et al. 2022, eq. 5, with rho), "exponential" (rho to infinity), or descending values:
@@ -94,6 +96,12 @@ class Schedule(ABC):
         if given_sigmas is not None and len(given_sigmas) > 1 and given_sigmas[-1] == 0:
             given_sigmas = given_sigmas[:-1]
         given_times = None if timesteps is None else _numbers("timesteps", timesteps)
+        if given_sigmas is not None:
+            _descending("sigmas", given_sigmas)
+            if given_sigmas[-1] == 0:
+                raise ValueError(f"sigmas: expected a positive value before the end point 0, got {sigmas!r}")
+        elif given_times is not None:
+            _descending("timesteps", given_times)
         steps = _count(steps, given_times, given_sigmas)
 
         told = given_times
@@ -113,6 +121,8 @@ class Schedule(ABC):
             told = np.array([self.timestep_at(lam) for lam in log_ratio(alpha, sigma).tolist()])
         end = 0.0 if final_sigma == "zero" else self._sigma_range()[0]
         end_alpha, end_sigma = self._levels_of_sigmas(np.array([end]))
+        if not end_sigma[0] * alpha[-1] < sigma[-1] * end_alpha[0]:
+            raise ValueError(f'final_sigma: the grid is at the smallest sigma {end:g} before its end point; use "zero"')
         begin = steps - min(int(steps * strength), steps)
         if begin == steps:
             raise ValueError(f"strength: {strength} of {steps} steps leaves no step to run")
@@ -125,7 +135,7 @@ class Schedule(ABC):
         )
 
     def _sigma_curve(self, name: str, points: int, rho: float) -> Floats:
-        """Karras: sigma_i = (max^(1/rho) + i/(n-1) (min^(1/rho) - max^(1/rho)))^rho; exponential: linear in log sigma."""
+        """Karras: (max^(1/rho) + i/(n-1) (min^(1/rho) - max^(1/rho)))^rho; exponential: linear in log sigma."""
         low, high = self._sigma_range()
         ramp = np.linspace(0.0, 1.0, points)
         if name == "karras":
@@ -143,13 +153,36 @@ def _ends(curve: Floats, high: float, low: float) -> Floats:
     return curve
 
 
-def _numbers(name: str, values: Sequence[float]) -> Floats:
-    array = np.array(values, np.float64)
+def _numbers(name: str, values: Sequence[float] | Floats) -> Floats:
+    try:
+        array = np.array(values, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a sequence of numbers, got {values!r}") from None
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name}: expected a sequence of numbers, got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: every value must be finite, got {array}")
     return array
+
+
+def _descending(name: str, values: Floats) -> None:
+    if not (values >= 0).all():
+        raise ValueError(f"{name}: expected values >= 0, got {values.min():g}")
+    if not (values[1:] < values[:-1]).all():
+        i = int(np.argmin(values[1:] < values[:-1]))
+        raise ValueError(
+            f"{name}: expected strictly descending values, got {values[i]:g} then {values[i + 1]:g} at step {i}"
+        )
+
+
+def _integer(name: str, value: object, low: int) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = low - 1
+    if number < low or isinstance(value, bool):
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+    return number
 
 
 def _in_range(name: str, values: Floats, high: float) -> None:
@@ -166,19 +199,17 @@ def _count(steps: int | None, timesteps: Floats | None, sigmas: Floats | None) -
         steps = len(given)
     if timesteps is not None and sigmas is not None and len(timesteps) != len(sigmas):
         raise ValueError(f"timesteps: {len(timesteps)} values were given beside {len(sigmas)} sigmas")
-    if steps is None or isinstance(steps, bool) or int(steps) != steps or steps < 1:
-        raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
-    return int(steps)
+    return _integer("steps", steps, 1)
 
 
 class VariancePreserving(Schedule):
     """Discrete schedule of a DDPM: alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t])."""
 
     def __init__(self, alphas_cumprod: Sequence[float] | Floats) -> None:
-        table = np.array(alphas_cumprod, np.float64)
-        if table.ndim != 1 or table.size < 2:
+        table = _numbers("alphas_cumprod", alphas_cumprod)
+        if table.size < 2:
             raise ValueError(f"alphas_cumprod: expected at least 2 values, got shape {table.shape}")
-        if not np.isfinite(table).all() or not (table[1:] < table[:-1]).all() or table[-1] < 0 or table[0] >= 1:
+        if not (table[1:] < table[:-1]).all() or table[-1] < 0 or table[0] >= 1:
             raise ValueError("alphas_cumprod: expected finite, strictly descending values in [0, 1)")
         table.setflags(write=False)
         self.alphas_cumprod = table
@@ -207,6 +238,8 @@ class VariancePreserving(Schedule):
         alpha, sigma = np.sqrt(self.alphas_cumprod[whole]), np.sqrt(1.0 - self.alphas_cumprod[whole])
         for i in np.flatnonzero(timesteps != whole):
             below, above = self._lam[whole[i]], self._lam[whole[i] + 1]
+            if not math.isfinite(above):
+                raise ValueError(f"timesteps: {timesteps[i]:g} has no level, log sigma is infinite at {whole[i] + 1}")
             lam = below + (timesteps[i] - whole[i]) * (above - below)
             alpha[i], sigma[i] = self.alpha_sigma(float(lam))
         return alpha, sigma
@@ -221,16 +254,17 @@ class VariancePreserving(Schedule):
 
     def _timesteps(self, steps: int, spacing: Spacing, offset: int) -> Floats | None:
         total = self.train_steps
+        offset = _integer("offset", offset, 0)
         if steps > total:
             raise ValueError(f"steps: expected at most the {total} training steps, got {steps}")
         if spacing == "leading":
-            times = np.arange(steps)[::-1] * (total // steps) + offset
+            times = np.arange(steps, dtype=np.float64)[::-1] * (total // steps) + offset
         elif spacing == "trailing":
-            times = np.round(total - np.arange(steps) * (total / steps)) - 1
+            # in floating point the range can hold one value too many (61 steps of 1000)
+            times = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1
         else:
-            times = np.linspace(0, total - 1, steps)[::-1].round() if steps > 1 else np.array([total - 1])
-        times = times.astype(np.float64)
-        if times[0] > total - 1 or times[-1] < 0:
+            times = np.linspace(0, total - 1, steps)[::-1].round() if steps > 1 else np.array([total - 1.0])
+        if times[0] > total - 1:
             raise ValueError(f"offset: {offset} moves timestep {times[0]:g} out of [0, {total - 1}]")
         return times
 
@@ -244,9 +278,7 @@ class Flow(Schedule):
     def __init__(self, shift: float = 1.0, train_steps: int = 1000) -> None:
         if not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"shift: expected a positive number, got {shift}")
-        if train_steps < 1:
-            raise ValueError(f"train_steps: expected an integer >= 1, got {train_steps}")
-        self.shift, self.train_steps = float(shift), int(train_steps)
+        self.shift, self.train_steps = float(shift), _integer("train_steps", train_steps, 1)
 
     def alpha_sigma(self, lam: float) -> tuple[float, float]:
         if lam >= 0:
@@ -267,7 +299,7 @@ class Flow(Schedule):
         return self._levels_of_sigmas(timesteps / self.train_steps)
 
     def _shifted(self, sigmas: Floats) -> Floats:
-        return self.shift * sigmas / (1.0 + (self.shift - 1.0) * sigmas)
+        return self.shift * sigmas / (self.shift * sigmas + (1.0 - sigmas))  # this way sigma 1 stays exactly 1
 
     def _sigma_range(self) -> tuple[float, float]:
         return float(self._shifted(np.array([1.0 / self.train_steps]))[0]), 1.0
@@ -309,19 +341,18 @@ class EDM(Schedule):
 
 
 def _from_betas(betas: Floats, zero_snr: bool) -> VariancePreserving:
-    """alphas_cumprod = cumprod(1 - beta); zero_snr shifts and scales its root so that the last one is 0 (Lin et al. 2024)."""
-    cumulative = np.cumprod(1.0 - betas)
+    """alphas_cumprod = cumprod(1 - beta); zero_snr shifts and scales its root to end at 0 (Lin et al. 2024)."""
+    cumulative: Floats = np.asarray(np.cumprod(1.0 - betas), np.float64)
     if zero_snr:
         root = np.sqrt(cumulative)
-        cumulative = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        cumulative = np.square((root - root[-1]) * (root[0] / (root[0] - root[-1])))
     return VariancePreserving(cumulative)
 
 
 def _beta_range(start: float, end: float, train_steps: int) -> None:
     if not 0 < start <= end < 1:
         raise ValueError(f"start: expected 0 < start <= end < 1, got start={start} and end={end}")
-    if train_steps < 2:
-        raise ValueError(f"train_steps: expected an integer >= 2, got {train_steps}")
+    _integer("train_steps", train_steps, 2)
 
 
 def linear(start: float = 1e-4, end: float = 0.02, train_steps: int = 1000, zero_snr: bool = False) -> Schedule:
@@ -335,12 +366,15 @@ def scaled_linear(
 ) -> Schedule:
     """sqrt(beta_t) linear from sqrt(start) to sqrt(end): the schedule of latent diffusion (Rombach et al. 2022)."""
     _beta_range(start, end, train_steps)
-    return _from_betas(np.linspace(start**0.5, end**0.5, train_steps) ** 2, zero_snr)
+    return _from_betas(np.square(np.linspace(start**0.5, end**0.5, train_steps)), zero_snr)
 
 
 def cosine(train_steps: int = 1000, zero_snr: bool = False) -> Schedule:
-    """beta_t = min(1 - f((t+1)/T) / f(t/T), 0.999), f(u) = cos^2((u + 0.008) / 1.008 pi/2) (Nichol, Dhariwal 2021, eq. 17)."""
-    _beta_range(0.5, 0.5, train_steps)
+    """beta_t = min(1 - f((t+1)/T) / f(t/T), 0.999), f(u) = cos^2((u + 0.008) / 1.008 pi/2).
+
+    Source: Nichol, Dhariwal 2021, eq. 17.
+    """
+    _integer("train_steps", train_steps, 2)
     f = np.cos((np.arange(train_steps + 1) / train_steps + 0.008) / 1.008 * math.pi / 2) ** 2
     return _from_betas(np.minimum(1.0 - f[1:] / f[:-1], 0.999), zero_snr)
 

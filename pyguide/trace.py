@@ -10,6 +10,7 @@ A form refuses whatever is not linear; the error names the operation and the row
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,11 +39,13 @@ class Form:
             if _number(other) == 0:
                 return Form(self.trace, self.vector)
             self._refuse(f"the addition of {type(other).__name__} {other!r}")
-        long, short = self.vector, sign * other.vector
-        if len(long) < len(short):
-            long, short = short, long
-        total = long.copy()
-        total[: len(short)] += short
+        left, right = self.vector, other.vector
+        if len(left) >= len(right):
+            total = left.copy()
+            total[: len(right)] += right if sign > 0 else -right
+        else:
+            total = right.copy() if sign > 0 else -right
+            total[: len(left)] += left
         return Form(self.trace, total)
 
     def __add__(self, other: object) -> Form:
@@ -61,6 +64,8 @@ class Form:
         if number is None:
             kind = "the product of two states" if isinstance(other, Form) else f"a product with {type(other).__name__}"
             self._refuse(kind)
+        if not math.isfinite(number):
+            self._refuse(f"a product with {number}, which is not finite")
         return Form(self.trace, self.vector * number)
 
     __rmul__ = __mul__
@@ -69,8 +74,8 @@ class Form:
         number = _number(other)
         if number is None:
             self._refuse(f"a division by {'a state' if isinstance(other, Form) else type(other).__name__}")
-        if number == 0:
-            self._refuse("a division by zero")
+        if number == 0 or math.isnan(number):
+            self._refuse(f"a division by {'zero' if number == 0 else 'nan'}")
         return Form(self.trace, self.vector / number)
 
     def __rtruediv__(self, other: object) -> NoReturn:
@@ -89,23 +94,30 @@ class Form:
         self._refuse("the truth value of a state (bool)")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        return self._function(ufunc.__name__, inputs)
+        if method != "__call__":
+            self._refuse(f"numpy.{ufunc.__name__}.{method}")
+        return self._function(ufunc.__name__, inputs, kwargs)
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
         self._refuse(f"numpy.{func.__name__}")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        form = next(arg for arg in args if isinstance(arg, Form))
-        if getattr(func, "__name__", "") == "randn_like":
+        name = getattr(func, "__name__", str(func))
+        form = _first_form((args, kwargs or {}))
+        if name == "randn_like":
             return form.trace.noise()
-        return form._function(getattr(func, "__name__", str(func)), args)
+        return form._function(name, args, kwargs or {})
 
-    def _function(self, name: str, inputs: tuple[Any, ...]) -> Any:
-        """Numbers that arrive as numpy or torch scalars on the left of an operator come through here."""
+    def _function(self, name: str, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Numbers that arrive as numpy or torch scalars on the left of an operator come through here.
+
+        Keyword arguments (torch's alpha and rounding_mode, numpy's out and where) change what an operation means:
+        refused.
+        """
         operation = _OPERATORS.get(name)
-        if operation is None or len(inputs) != 2:
-            self._refuse(f"the function {name}")
+        if operation is None or len(inputs) != 2 or kwargs:
+            self._refuse(f"the function {name}{f' with {chr(44).join(kwargs)}' if operation and kwargs else ''}")
         left, right = inputs
         return operation(left, right) if isinstance(left, Form) else operation(_scalar(self, left, name), right)
 
@@ -113,8 +125,14 @@ class Form:
     shape = (1,)
     ndim = 0
 
-    def new_ones(self, size: object) -> Floats:
-        return np.ones(1)
+    def new_ones(self, size: object) -> Any:
+        from .extras import require
+
+        torch = require("torch")
+        return torch.ones(1, dtype=torch.float64)
+
+    def __array__(self, *args: object, **kwargs: object) -> NoReturn:
+        self._refuse("a conversion to an array")
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -140,11 +158,26 @@ for _name, _what in {
     "__pow__": "a power",
     "__rpow__": "a power",
     "__mod__": "a remainder",
+    "__rmod__": "a remainder",
     "__floordiv__": "a floor division",
+    "__rfloordiv__": "a floor division",
+    "__divmod__": "a remainder",
+    "__rdivmod__": "a remainder",
+    "__matmul__": "a matrix product",
+    "__rmatmul__": "a matrix product",
+    "__invert__": "an inversion (~)",
+    "__round__": "rounding",
     "__float__": "a conversion to a number",
+    "__int__": "a conversion to a number",
+    "__index__": "a conversion to a number",
+    "__complex__": "a conversion to a number",
     "__getitem__": "indexing",
+    "__setitem__": "indexing",
+    "__contains__": "a membership test",
     "__len__": "its length",
     "__iter__": "iteration",
+    "__copy__": "a copy (write x * 1.0)",
+    "__deepcopy__": "a copy (write x * 1.0)",
 }.items():
     setattr(Form, _name, _refused(_what))
 
@@ -163,7 +196,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 
 def _number(value: object) -> float | None:
     """A real number, or a 0-d array of one; None for anything else."""
-    if isinstance(value, Form) or isinstance(value, str):
+    if isinstance(value, (Form, str)):
         return None
     if getattr(value, "ndim", 0) != 0:
         return None
@@ -171,6 +204,19 @@ def _number(value: object) -> float | None:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
+
+
+def _first_form(values: Any) -> Form:
+    """The first form in nested lists, tuples and dictionaries; torch calls __torch_function__ only if there is one."""
+    if isinstance(values, Form):
+        return values
+    parts = values.values() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
+    for part in parts:
+        try:
+            return _first_form(part)
+        except LookupError:
+            continue
+    raise LookupError
 
 
 def _scalar(form: Form, value: object, name: str) -> float:
@@ -236,7 +282,9 @@ class Trace:
             raise TraceError(f"row {self.row}: model(x, level) needs a state as x, got {type(x).__name__}")
         here = self.path.level(level) if not isinstance(level, Level) else level
         if not here.sigma > 0:
-            raise TraceError(f"row {self.row}: the model is evaluated at sigma > 0, got level {level} with sigma={here.sigma}")
+            raise TraceError(
+                f"row {self.row}: the model is evaluated at sigma > 0, got level {level} with sigma={here.sigma}"
+            )
         if self.editable:  # the caller's edit is an in-place change of the very tensor that the model is given
             edit = self.atom("edit")
             x.vector = (x + edit).vector

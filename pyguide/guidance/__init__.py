@@ -1,7 +1,7 @@
 """Guidance: which branches the model is called for, and with what weights their outputs are combined.
 
-G = sum_k w_k m_k over the branches k. A method is a class that names its branches and gives the weights w of every model
-evaluation; a branch whose weight is exactly 0 is not run at all.
+G = sum_k w_k m_k over the branches k. A method is a class that names its branches and gives the weights w of every
+model evaluation; a branch whose weight is exactly 0 is not run at all.
 """
 
 from .base import Guidance, Scale

@@ -17,14 +17,14 @@ Scale = Any  # a number, an array [B], or a function (step, steps) -> number
 class Guidance(ABC):
     """Base class of the guidance methods.
 
-    scale: 1 is purely conditional, 0 purely unconditional, more is stronger; the papers' w is scale - 1. A number, one per
-        sample [B], or a function of (step, steps).
-    interval: (a, b), the method acts in the steps with a <= step / steps < b and is purely conditional outside, where the
-        other branches are not run.
+    scale: 1 is purely conditional, 0 purely unconditional, more is stronger; the papers' w is scale - 1. A number, one
+        per sample [B], or a function of (step, steps).
+    interval: (a, b), the method acts in the steps with a <= step / steps < b and is purely conditional outside, where
+        the other branches are not run.
     sigma_interval: (low, high), the same in noise levels: low < sigma <= high, with the sigma that the step starts at
         (Kynkaanniemi et al. 2024). All evaluations of a step are treated alike.
-    space: where the branches are combined. For weights that sum to 1 the spaces are equal, each prediction being an affine
-        map of the others at the same x.
+    space: where the branches are combined. For weights that sum to 1 the spaces are equal, each prediction being an
+        affine map of the others at the same x.
     """
 
     branches: tuple[str, ...] = ("uncond", "cond")

@@ -13,8 +13,8 @@ from .base import Guidance, Scale
 class CFG(Guidance):
     """G = u + scale (c - u): weights 1 - scale for the unconditional branch, scale for the conditional one.
 
-    Ho, Salimans 2022, eq. 6, with scale = 1 + w. Identities: scale 1 is the conditional model, scale 0 the unconditional one,
-    each called alone.
+    Ho, Salimans 2022, eq. 6, with scale = 1 + w. Identities: scale 1 is the conditional model, scale 0 the
+    unconditional one, each called alone.
     batched: call the model once for all branches (stacked, unconditional first), or once per branch.
     """
 

@@ -11,7 +11,8 @@ from .registry import solver
 
 
 def ancestral_sigma(path: NoisePath, i: int, eta: float) -> float:
-    """Standard deviation of the noise of step i: eta sigma' sqrt(1 - (sigma'/alpha')^2 / (sigma/alpha)^2), at most sigma'.
+    """Standard deviation of the noise of step i: eta sigma' sqrt(1 - (sigma'/alpha')^2 / (sigma/alpha)^2), at most
+    sigma'.
 
     On variance-preserving paths this is DDIM eq. 16; in k-diffusion's terms it is alpha' sigma_up.
     """
@@ -33,8 +34,8 @@ def ddim(
 ) -> Any:
     """x' = alpha' D + sqrt(sigma'^2 - s^2) E + s z, s = eta sigma' sqrt(1 - SNR / SNR').
 
-    eta: 0 deterministic, 1 ancestral (DDPM). use_clipped_model_output: re-derive E from the clipped D, as its authors do;
-    otherwise E is the model's own. Source: Song, Meng, Ermon 2021, eq. 12 and 16. Order 1, one evaluation a step.
+    eta: 0 deterministic, 1 ancestral (DDPM). use_clipped_model_output: re-derive E from the clipped D, as its authors
+    do; otherwise E is the model's own. Source: Song, Meng, Ermon 2021, eq. 12 and 16. Order 1, one evaluation a step.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
@@ -71,7 +72,7 @@ def euler_ancestral(
 
     Source: k-diffusion, sample_euler_ancestral; at s_noise 1 it equals DDIM with the same eta. One evaluation a step.
     """
-    if eta < 0:
+    if not eta >= 0:
         raise ValueError(f"eta: expected a number >= 0, got {eta}")
     for i in range(path.steps):
         out = model(x, i)

@@ -22,8 +22,8 @@ def dpmpp_2m(
     """x' = (sigma'/sigma) x - alpha' expm1(-h) D_mix,  h = lam' - lam,
     D_mix = D + (D - D_previous) h / (2 h_previous).
 
-    The first step is of order 1, and so is one that ends at clean data (its h is infinite); lower_order_final makes the last
-    step of order 1 wherever it ends. Order 2, one evaluation a step. Source: Lu et al. 2022b, algorithm 2.
+    The first step is of order 1, and so is one that ends at clean data (its h is infinite); lower_order_final makes the
+    last step of order 1 wherever it ends. Order 2, one evaluation a step. Source: Lu et al. 2022b, algorithm 2.
     """
     previous = None
     for i in range(path.steps):

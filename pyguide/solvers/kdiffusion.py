@@ -1,14 +1,17 @@
-"""A k-diffusion function f(model, x, sigmas, ...) as a solver: its x is our state over alpha, its sigma is sigma / alpha."""
+"""A k-diffusion function f(model, x, sigmas, ...) as a solver: its x is our x / alpha, its sigma our sigma / alpha."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from ..extras import require
 from ..path import NoisePath
+from ..trace import Form
 
 
 def is_kdiffusion(function: Callable[..., Any]) -> bool:
@@ -21,33 +24,76 @@ def is_kdiffusion(function: Callable[..., Any]) -> bool:
 
 
 def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same sampler in pyguide's contract. Its noise_sampler, when it has one, draws from `noise`; needs torch."""
+    """The same sampler in pyguide's contract; needs torch, and runs numpy states as torch tensors.
+
+    Its random draws, through `noise_sampler` or torch.randn_like, are noise(0), noise(1), ... in the order in which it
+    makes them. An edit of the model's input changes its x as well, as a callback of k-diffusion would.
+    """
     parameters = inspect.signature(function).parameters
 
     def solver(model: Any, x: Any, path: NoisePath, *, noise: Callable[[int], Any], **options: Any) -> Any:
-        from ..extras import require
-
         torch = require("torch")
-        with np.errstate(divide="ignore"):
-            ratio = np.exp(-path.lam)
-        step = 0
+        if path.alpha[0] == 0:
+            raise ValueError("path: a k-diffusion function cannot start at alpha = 0 (its sigma would be infinite)")
+        ratio = np.exp(-path.lam)
+        numpy = isinstance(x, np.ndarray)
+        draws, in_model = itertools.count(), False
 
-        def denoiser(x: Any, sigma: Any, **extra: Any) -> Any:
-            nonlocal step
+        def inside(array: Any) -> Any:
+            return torch.from_numpy(np.array(array)) if numpy else array
+
+        def outside(tensor: Any) -> Any:
+            return tensor.numpy() if numpy else tensor
+
+        def draw() -> Any:
+            return inside(noise(next(draws)))
+
+        class Draws(torch.overrides.TorchFunctionMode):  # type: ignore[name-defined]
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                return draw() if func is torch.randn_like and not in_model else func(*args, **(kwargs or {}))
+
+        def denoiser(y: Any, sigma: Any, **extra: Any) -> Any:
+            nonlocal in_model
             value = float(torch.as_tensor(sigma).reshape(-1)[0])
-            on_grid = np.flatnonzero(np.isclose(ratio, value, rtol=1e-12, atol=0.0))
+            on_grid = np.flatnonzero(np.isclose(ratio, value, rtol=1e-6, atol=0.0))  # sigma may have been float32
             level = path.level(int(on_grid[0])) if len(on_grid) else path.at(-np.log(value))
-            step = int(np.searchsorted(-ratio, -value, side="right")) - 1
-            return model(x * level.alpha, level).denoised
+            state = y * level.alpha
+            before = _value(state)
+            in_model = True
+            try:
+                denoised = inside(model(outside(state), level).denoised)
+            finally:
+                in_model = False
+            if _changed(state, before):
+                _assign(y, state / level.alpha)
+            return denoised
 
-        if "noise_sampler" in parameters and "noise_sampler" not in options:
-            options["noise_sampler"] = lambda sigma, sigma_next: noise(step)
+        if "noise_sampler" in parameters:
+            options.setdefault("noise_sampler", lambda sigma, sigma_next: draw())
         if "disable" in parameters:
             options.setdefault("disable", True)  # k-diffusion's own progress bar
-        if path.alpha[0] == 0:
-            raise ValueError("solver: a k-diffusion function cannot start at alpha = 0 (its sigma would be infinite)")
-        sigmas = torch.tensor(ratio, dtype=torch.float64)
-        return function(denoiser, x / float(path.alpha[0]), sigmas, **options) * float(path.alpha[-1])
+        x = inside(x) / float(path.alpha[0])
+        exact = isinstance(x, Form) or x.dtype == torch.float64
+        # a sigma of one dimension or more would raise a float32 state to its own float64
+        sigmas = torch.tensor(ratio, dtype=torch.float64 if exact else torch.float32)
+        with Draws():
+            y = function(denoiser, x, sigmas if isinstance(x, Form) else sigmas.to(x.device), **options)
+        return outside(y * float(path.alpha[-1])) if hasattr(y, "shape") else y
 
     solver.__name__ = getattr(function, "__name__", "kdiffusion")
     return solver
+
+
+def _value(state: Any) -> Any:
+    return state.vector if isinstance(state, Form) else state.clone()
+
+
+def _changed(state: Any, before: Any) -> bool:
+    return state.vector is not before if isinstance(state, Form) else not bool((state == before).all())
+
+
+def _assign(target: Any, value: Any) -> None:
+    if isinstance(target, Form):
+        target.vector = value.vector
+    else:
+        target.copy_(value)

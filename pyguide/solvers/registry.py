@@ -37,7 +37,7 @@ def names() -> list[str]:
 
 
 def resolve(choice: str | Solver) -> Solver:
-    """The solver function of a name, or a callable as it is (a k-diffusion function is adapted to the same contract)."""
+    """The solver function of a name, or a callable as it is; a k-diffusion function is adapted to the same contract."""
     if isinstance(choice, str):
         if choice not in _SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(names())}, or a function; got {choice!r}")
@@ -63,8 +63,8 @@ def clip_bounds(clip: float | tuple[float, float] | None) -> tuple[float, float]
     """(low, high) of a clip given as a bound, a pair or None; ValueError naming clip."""
     if clip is None:
         return -np.inf, np.inf
-    low, high = (-clip, clip) if np.ndim(clip) == 0 else clip  # type: ignore[misc, operator]
-    low, high = float(low), float(high)
+    pair = clip if isinstance(clip, (tuple, list)) else (-clip, clip)
+    low, high = float(pair[0]), float(pair[1])
     if not low < high:
         raise ValueError(f"clip: expected a positive bound or (low, high) with low < high, got {clip!r}")
     return low, high
@@ -83,15 +83,17 @@ def sample(
 ) -> Any:
     """The reference sampler: the solver function itself, run with arrays in the dtype of x.
 
-    model(x, t) -> output, x [B, C, *], t [B]; the output is what `prediction` says. x: the state at the first grid point.
-    noise(i): standard normal array like x, drawn in step i; default: torch's (numpy's) global generator.
+    model(x, t) -> output, x [B, C, *], t [B]; the output is what `prediction` says. x: the state at the first grid
+    point. noise(i): standard normal array like x, drawn in step i; default: torch's (numpy's) global generator.
     Returns the state at the end of the path, a new array. Raises ValueError or TypeError naming the argument.
     """
     function = resolve(solver)
     check_options(function, options)
-    return function(
-        ArrayModel(model, path, prediction, clip_bounds(clip)), x, path, noise=noise or _global_noise(x), **options
-    )
+    adapted = ArrayModel(model, path, prediction, clip_bounds(clip), dtype=x.dtype)
+    result = function(adapted, x, path, noise=noise or _global_noise(x), **options)
+    # numpy promotes float32 arrays by the path's float64 scalars: more accurate in between, the caller's dtype at both
+    # ends
+    return result.astype(x.dtype, copy=False) if isinstance(result, np.ndarray) else result
 
 
 class ArrayModel:
@@ -104,8 +106,10 @@ class ArrayModel:
         prediction: str,
         clip: tuple[float, float],
         before: Callable[[int, Any], None] | None = None,
+        dtype: Any = None,
     ) -> None:
         check_prediction(prediction)
+        self.dtype = dtype
         self.network, self.path, self.prediction, self.clip, self.before = network, path, prediction, clip, before
         self.evaluations = 0
         self.whole = bool((path.timestep == np.round(path.timestep)).all())
@@ -116,7 +120,10 @@ class ArrayModel:
         if self.before is not None:
             self.before(self.evaluations, x)
         self.evaluations += 1
-        out = self.network(x if c.c_in == 1 else x * c.c_in, _times(here.timestep, self.whole and here.timestep.is_integer(), x))
+        told = x if c.c_in == 1 else x * c.c_in
+        if isinstance(told, np.ndarray) and self.dtype is not None:
+            told = told.astype(self.dtype, copy=False)
+        out = self.network(told, _times(here.timestep, self.whole and here.timestep.is_integer(), told))
         if tuple(out.shape) != tuple(x.shape):
             raise ValueError(f"model: expected an output of shape {tuple(x.shape)}, got {tuple(out.shape)}")
         denoised = clamp(combine([(c.a_x, x), (c.a_m, out)], x), *self.clip)
@@ -142,7 +149,7 @@ def time_dtype(whole: bool, double: bool) -> str:
 
 def _global_noise(x: Any) -> Callable[[int], Any]:
     if isinstance(x, np.ndarray):
-        return lambda step: np.random.standard_normal(x.shape).astype(x.dtype)
+        return lambda step: np.asarray(np.random.standard_normal(x.shape), x.dtype)  # noqa: NPY002  the global one is meant
     import torch
 
     return lambda step: torch.randn_like(x)

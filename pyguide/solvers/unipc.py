@@ -15,12 +15,15 @@ from .registry import solver
 def _weights(h: float, ratios: Sequence[float], solver_type: str) -> tuple[Floats, float]:
     """rho of  sum_k rho_k ratio_k^(n-1) = n! phi_(n+1)(-h) / B(h),  n = 1 .. order, and B(h); the last ratio is 1.
 
-    phi are those of the exponential integrator: phi_1(z) = expm1(z)/z, phi_(n+1) = (phi_n - 1/n!)/z (eq. 11 and theorem 3.1).
+    phi are those of the exponential integrator: phi_1(z) = expm1(z)/z, phi_(n+1) = (phi_n - 1/n!)/z (eq. 11 and theorem
+        3.1).
     """
     z = -h
     scale = z if solver_type == "bh1" else math.expm1(z)
     if len(ratios) <= 1:
-        return np.full(len(ratios), 0.5), scale  # published so for one difference: exact enough for the order, for any B
+        return np.full(
+            len(ratios), 0.5
+        ), scale  # published so for one difference: exact enough for the order, for any B
     power = np.array([[ratio ** (n - 1) for ratio in ratios] for n in range(1, len(ratios) + 1)])
     phi, right, factorial = math.expm1(z) / z - 1, [], 1
     for n in range(1, len(ratios) + 1):
@@ -47,8 +50,8 @@ def unipc(
         x_t = (sigma_t/sigma_s) x_s - alpha_t expm1(-h) D_s - alpha_t B(h) sum_k rho_k (D_k - D_s) / r_k
 
     The predictor uses earlier D_k; the corrector, run when D_t is known, adds it with r = 1 and replaces x_t. B(h) is
-    expm1(-h) (bh2) or -h (bh1). order: 1 to 3; lower_order_final lowers it toward the end, as published. Order of accuracy
-    order (order + 1 with the corrector), one evaluation a step. Source: Zhao et al. 2023, algorithms 1 and 2.
+    expm1(-h) (bh2) or -h (bh1). order: 1 to 3; lower_order_final lowers it toward the end, as published. Order of
+    accuracy order (order + 1 with the corrector), one evaluation a step. Source: Zhao et al. 2023, algorithms 1 and 2.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
