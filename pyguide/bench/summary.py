@@ -1,0 +1,229 @@
+"""What the rows say: ratios, the goals of the project, and one paragraph for a reader in a hurry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .cases import DEFAULT
+from .step import COMPILE, COPY, EAGER, KERNEL, SAMPLER, STOCK
+
+Rows = list[dict[str, Any]]
+STEADY = 1.5  # p80 over p20 of a timing that repeats
+SMALL, LARGE = (1, 4, 64, 64), (8, 16, 128, 128)
+PEERS = {STOCK: "stock diffusers", COMPILE: "the best torch.compile", EAGER: "hand-written eager PyTorch"}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number that the project set itself. at_most: smaller is better. roofline: the memory's side of it."""
+
+    what: str
+    goal: float
+    measured: float
+    at_most: bool = False
+    unit: str = "x"
+    roofline: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.goal if self.at_most else self.measured >= self.goal
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def by_contender(rows: Rows, shape: Sequence[int], dtype: str, solver: str) -> dict[str, dict[str, Any]]:
+    """The step rows of one solver at one shape, by contender; of torch.compile the fastest formulation."""
+    found: dict[str, dict[str, Any]] = {}
+    wanted = ("step", tuple(shape), dtype, solver)
+    for row in rows:
+        if row["suite"] != "step" or (row["suite"], tuple(row["shape"]), row["dtype"], row["solver"]) != wanted:
+            continue
+        name = COMPILE if row["contender"].startswith(COMPILE) else row["contender"]
+        if name not in found or row["us"] < found[name]["us"]:
+            found[name] = row
+    return found
+
+
+def groups(rows: Rows) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of the step rows in order."""
+    return list(dict.fromkeys((tuple(row["shape"]), row["dtype"]) for row in rows if row["suite"] == "step"))
+
+
+def solvers_of(rows: Rows, shape: Sequence[int], dtype: str) -> list[str]:
+    wanted = (tuple(shape), dtype)
+    same = (row for row in rows if row["suite"] == "step" and (tuple(row["shape"]), row["dtype"]) == wanted)
+    return list(dict.fromkeys(row["solver"] for row in same))
+
+
+def ratios(rows: Rows, shape: Sequence[int], dtype: str, slow: str, fast: str = SAMPLER) -> dict[str, float]:
+    """us of `slow` over us of `fast` by solver, for the solvers that have both."""
+    found = {}
+    for solver in solvers_of(rows, shape, dtype):
+        here = by_contender(rows, shape, dtype, solver)
+        if slow in here and fast in here:
+            found[solver] = here[slow]["us"] / here[fast]["us"]
+    return found
+
+
+def goals(rows: Rows) -> list[Goal]:
+    """The goals that these rows can answer: float32, the deterministic solvers of the default run."""
+    found: list[Goal] = []
+    for shape, dtype in groups(rows):
+        if dtype != "float32":
+            continue
+        at, solvers = "x".join(map(str, shape)), solvers_of(rows, shape, dtype)
+        line = _roofline(rows, shape, dtype)
+        stock = _deterministic(ratios(rows, shape, dtype, STOCK))
+        compiled = _deterministic(ratios(rows, shape, dtype, COMPILE))
+        copy = _deterministic(ratios(rows, shape, dtype, KERNEL, COPY))
+        if shape == SMALL:
+            for solver, goal in (("ddim", 8), ("dpmpp_2m", 15), ("unipc", 30)):
+                if solver in stock:
+                    found.append(Goal(f"{at}: faster than stock {solver}", goal, stock[solver], roofline=line))
+            loop = [by_contender(rows, shape, dtype, solver)[SAMPLER]["us"] for solver in solvers if solver in DEFAULT]
+            if loop:
+                what = f"{at}: Python loop around a free model, slowest solver"
+                found.append(Goal(what, 12, max(loop), True, " us", line))
+        if shape == LARGE and stock:
+            found.append(Goal(f"{at}: faster than stock diffusers", 4, geometric_mean(stock.values()), roofline=line))
+        if shape in (SMALL, LARGE) and compiled:
+            mean = geometric_mean(compiled.values())
+            found.append(
+                Goal(f"{at}: faster than the best torch.compile", 3 if shape == SMALL else 1.4, mean, roofline=line)
+            )
+        if copy:
+            mean = geometric_mean(copy.values())
+            found.append(Goal(f"{at}: kernel over a copy of its bytes", 1.6, mean, True, roofline=line))
+    gains = [row["ratio"] for row in rows if row["suite"] == "accuracy" and row["ratio"] is not None]
+    if gains:
+        found.append(Goal("16-bit models: closer to float64 than stock diffusers, worst case", 2.5, min(gains)))
+    for row in rows:
+        if "accuracy" in row and row["scale"] == 2:
+            found.append(Goal(f"digits, {row['model']}: class accuracy at scale 2", 0.97, row["accuracy"], unit=""))
+    for model, recalls in _recalls(rows).items():
+        if 1 in recalls and 4 in recalls:
+            lost = recalls[1] - recalls[4]
+            found.append(Goal(f"digits, {model}: recall at scale 4 below scale 1 by", 0.15, lost, unit=""))
+    return found
+
+
+def _deterministic(values: dict[str, float]) -> dict[str, float]:
+    return {solver: value for solver, value in values.items() if solver in DEFAULT}
+
+
+def _recalls(rows: Rows) -> dict[str, dict[float, float]]:
+    found: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if "recall" in row:
+            found.setdefault(row["model"], {})[row["scale"]] = row["recall"]
+    return found
+
+
+def _roofline(rows: Rows, shape: Sequence[int], dtype: str) -> str:
+    """Bytes of a step, what the kernel reaches and what a copy of as many bytes reaches, over the solvers."""
+    here = [by_contender(rows, shape, dtype, solver) for solver in solvers_of(rows, shape, dtype) if solver in DEFAULT]
+    here = [found for found in here if KERNEL in found and COPY in found]
+    if not here:
+        return "no native kernel"
+    size = [found[KERNEL]["bytes"] for found in here]
+    kernel = geometric_mean(found[KERNEL]["gb_per_s"] for found in here)
+    copy = geometric_mean(found[COPY]["gb_per_s"] for found in here)
+    where = "in cache" if here[0][KERNEL]["resident"] else "from memory"
+    span = amount(min(size)) if min(size) == max(size) else f"{amount(min(size))} to {amount(max(size))}"
+    return f"{span} a step, {where}: kernel {kernel:.0f} GB/s, copy {copy:.0f} GB/s"
+
+
+def amount(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+
+
+def paragraph(rows: Rows, notes: Sequence[str] = (), files: Sequence[str] = ()) -> str:
+    """What was measured, who was faster by how much, where pyguide does not help, and what was written."""
+    said: list[str] = []
+    for shape, dtype in groups(rows):
+        said.append(_step_sentence(rows, shape, dtype))
+    said += _unrest(rows) + _end_to_end(rows)
+    gains = [row["ratio"] for row in rows if row["suite"] == "accuracy" and row["ratio"] is not None]
+    if gains:
+        said.append(
+            f"With 16-bit models, pyguide's samples are {min(gains):.1f} to {max(gains):.1f} times closer to float64 "
+            "than those of stock diffusers, because its state stays in float32."
+        )
+    said += _guidance(rows)
+    missed = [goal for goal in goals(rows) if not goal.met]
+    for goal in missed:
+        line = f" ({goal.roofline})" if goal.roofline else ""
+        word = "at most" if goal.at_most else "at least"
+        wanted = f"the goal is {word} {goal.goal:g}{goal.unit}"
+        said.append(f"Missed: {goal.what} {goal.measured:.3g}{goal.unit}, {wanted}{line}.")
+    said += [f"{note[:1].upper()}{note[1:]}." for note in notes]
+    if files:
+        said.append(f"Written: {', '.join(files)}.")
+    return " ".join(said)
+
+
+def _step_sentence(rows: Rows, shape: Sequence[int], dtype: str) -> str:
+    at = f"{'x'.join(map(str, shape))} {dtype}"
+    own = [by_contender(rows, shape, dtype, solver)[SAMPLER]["us"] for solver in solvers_of(rows, shape, dtype)]
+    parts = []
+    lost = []
+    for name, label in PEERS.items():
+        found = ratios(rows, shape, dtype, name)
+        if not found:
+            continue
+        gain = geometric_mean(found.values())
+        parts.append(f"{gain:.1f} times less than {label}" if gain >= 1 else f"{1 / gain:.1f} times more than {label}")
+        lost += [f"{label} with {solver} ({1 / ratio:.2f}x)" for solver, ratio in found.items() if ratio < 1]
+    value = geometric_mean(own)
+    mean = f"{value:,.0f} us" if value >= 100 else f"{value:.1f} us"
+    mean += f" (geometric mean of {len(own)} solvers)" if len(own) > 1 else ""
+    text = f"At {at}, everything between two model calls takes pyguide {mean}"
+    text += f", {', '.join(parts)}." if parts else "."
+    return text + (f" There it loses to {', '.join(lost)}." if lost else "")
+
+
+def _unrest(rows: Rows) -> list[str]:
+    """A warning where many of the numbers did not repeat."""
+    timed = [row for row in rows if row["suite"] == "step"]
+    loose = sum(row["us_p80"] > STEADY * row["us_p20"] for row in timed)
+    if 10 * loose < len(timed) or not loose:
+        return []
+    told = f"p80 above {STEADY} times p20"
+    return [f"The machine was not at rest: {loose} of {len(timed)} timings did not repeat ({told}); measure again."]
+
+
+def _end_to_end(rows: Rows) -> list[str]:
+    speeds = [row for row in rows if "images_per_s" in row]
+    said = []
+    for batch in dict.fromkeys(row["batch"] for row in speeds):
+        ours = [row for row in speeds if row["batch"] == batch and row["contender"] == SAMPLER]
+        stock = [row for row in speeds if row["batch"] == batch and row["contender"] == STOCK]
+        rate = geometric_mean(row["images_per_s"] for row in ours)
+        share = 100 * max(row["outside_share"] for row in ours)
+        text = f"The digits models at batch {batch} make {rate:.0f} images/s with pyguide"
+        if stock:
+            text += f" and {geometric_mean(row['images_per_s'] for row in stock):.0f} with stock diffusers"
+        said.append(f"{text}; at most {share:.0f} % of pyguide's time is outside the model.")
+    if said:
+        said.append(
+            "No sampler speeds up the model itself: the larger it is against its latents, the less of the gain between "
+            "the calls is left end to end, and a large model hides it altogether."
+        )
+    return said
+
+
+def _guidance(rows: Rows) -> list[str]:
+    quality = [row for row in rows if "accuracy" in row]
+    if not quality:
+        return []
+    said = []
+    for model in dict.fromkeys(row["model"] for row in quality):
+        parts = [f"{r['scale']:g}: {r['accuracy']:.2f}/{r['recall']:.2f}" for r in quality if r["model"] == model]
+        said.append(f"{model} {', '.join(parts)}")
+    return [f"Class accuracy / recall of {quality[0]['images']} digits by guidance scale: {'; '.join(said)}."]
