@@ -34,6 +34,13 @@ def empty(shape: Sequence[int], dtype: str, like: Array) -> Array:
     return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=like.device)
 
 
+def inference_mode() -> bool:
+    """Whether new tensors are inference tensors, which cannot be written outside of that mode."""
+    import torch
+
+    return bool(torch.is_inference_mode_enabled())
+
+
 def from_numpy(values: np.ndarray, like: Array) -> Array:
     if isinstance(like, np.ndarray):
         return values

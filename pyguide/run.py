@@ -89,6 +89,7 @@ class Run:
         self.step: NativeStep | ReferenceStep | None = None
         if 0 in self.shape:  # nothing to sample
             return
+        self.buffers = sampler.spare.pop() if sampler.spare else Buffers()
         self.launch = self._buffers(weights)
         self.output_dtype: Any = self.launch.inputs[0].dtype
         self.routes = self._routes(active, by_branch)
@@ -129,15 +130,15 @@ class Run:
     def _buffers(self, weights: NDArray[np.float64]) -> Launch:
         plan, K, S = self.plan, len(self.branches), self.plan.slots
         state_dtype = "float64" if self.dtype == "float64" else "float32"
-        state = arrays.empty((S, *self.shape), state_dtype, self.like)
+        array = self.buffers.array
+        state = array("state", (S, *self.shape), state_dtype, self.like)
         arrays.copy_into(state[0], self.like)
         rows, count = (self.batch * K, 1) if self.batched else (self.batch, K)
         whole = self.model.time == "timestep" and bool((plan.timestep == np.round(plan.timestep)).all())
         told = time_dtype(whole, state_dtype == "float64")
-        inputs = [
-            arrays.empty((rows, *self.shape[1:]), self.model.dtype or self.dtype, self.like) for _ in range(count)
-        ]
-        times = [arrays.empty((rows,), told, self.like) for _ in range(count)]
+        input_dtype, input_shape = self.model.dtype or self.dtype, (rows, *self.shape[1:])
+        inputs = [array(f"input {k}", input_shape, input_dtype, self.like) for k in range(count)]
+        times = [array(f"time {k}", (rows,), told, self.like) for k in range(count)]
         shared = bool((weights == weights[:, :1]).all())
         blocks = np.zeros((1 if shared else self.batch, plan.evaluations + 1, weights_width(K, S, 0)))
         blocks[:, 1:, :K] = np.swapaxes(weights[:, :1] if shared else weights, 0, 1)
@@ -148,8 +149,8 @@ class Run:
             tables=self.sampler._table(state_dtype),
             weights=blocks.astype(state_dtype).ravel(),
             samples=place_samples(self.batch, plan.evaluations + 1, S, self.seeds, 0 if shared else blocks[0].size),
-            noise=arrays.empty(self.shape, state_dtype, self.like) if self.noisy else None,
-            denoised=arrays.empty(self.shape, state_dtype, self.like) if self.wants_events else None,
+            noise=array("noise", self.shape, state_dtype, self.like) if self.noisy else None,
+            denoised=array("denoised", self.shape, state_dtype, self.like) if self.wants_events else None,
             check=self.sampler.check != "off",
         )
 
@@ -279,8 +280,27 @@ class Run:
             raise FloatingPointError(f"samples {np.flatnonzero(bad).tolist()} met NaN or infinity")
 
     def result(self) -> Array:
-        """The last state, a new array in the dtype of the noise."""
-        return arrays.cast(self.like if self.step is None else self.launch.state[0], self.dtype)
+        """The last state, a new array in the dtype of the noise; the buffers go back to the sampler, so only once."""
+        if self.step is None:
+            return arrays.cast(self.like, self.dtype)
+        out = arrays.cast(self.launch.state[0], self.dtype)
+        self.sampler.spare[:] = [self.buffers]
+        return out
+
+
+class Buffers:
+    """The arrays of a run by name. A sampler keeps those of its last run: large ones cost page faults when fresh."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, tuple[Any, Array]] = {}
+
+    def array(self, name: str, shape: Sequence[int], dtype: str, like: Array) -> Array:
+        """An uninitialised array: the one of that name if it still fits, else a new one."""
+        place = (like.device, arrays.inference_mode()) if arrays.is_torch(like) else None
+        key = (tuple(shape), dtype, place)
+        if name not in self._arrays or self._arrays[name][0] != key:
+            self._arrays[name] = (key, arrays.empty(shape, dtype, like))
+        return self._arrays[name][1]
 
 
 class Draws:

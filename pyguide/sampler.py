@@ -14,7 +14,7 @@ from .arrays import Array
 from .conditions import Cond
 from .guidance import Guidance
 from .plan import Plan
-from .run import Event, Run, time_column
+from .run import Buffers, Event, Run, time_column
 
 Backend = Literal["auto", "native", "triton", "reference"]
 
@@ -70,6 +70,7 @@ class Sampler:
         self.check = check
         self.nonfinite: NDArray[np.bool_] | None = None
         self._tables: dict[tuple[str, str], NDArray[Any]] = {}
+        self.spare: list[Buffers] = []  # of the last run, for the next; a run that is under way has taken them out
         time_column(plan, self.model.time)  # a convention that the plan cannot serve is an error now
 
     def __repr__(self) -> str:

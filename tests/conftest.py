@@ -9,7 +9,7 @@ from pyguide import native
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every way to run a row on this machine; a new back end adds its name here and every test of the step runs on it."""
+    """Every way to run a row here; a new back end adds its name, and every test of the step runs on it."""
     if request.param == "native" and native.C is None:
         pytest.skip(f"no native kernel: {native.reason}")
     return str(request.param)

@@ -1,4 +1,4 @@
-"""A sample with a seed is the same bits whoever shares its batch; nothing happens between two model calls but one kernel."""
+"""A sample with a seed is the same bits whoever shares its batch; one kernel and nothing else runs between model calls."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_negative_control_batch_order_matters_without_seeds():
 def test_negative_control_another_seed_is_another_sample():
     noise = torch.zeros(1, *SHAPE)
     runs = [Sampler(lambda x, t: x * 0.25, PLANS["ancestral"])(noise, seeds=s) for s in (1, 1, 2)]
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
 
 
 @pytest.mark.skipif(native.C is None, reason="no native kernel in this installation")
@@ -94,14 +95,17 @@ def _events(steps):
 
 @pytest.mark.skipif(native.C is None, reason="no native kernel in this installation")
 def test_no_aten_call_and_no_tensor_allocation_between_two_model_calls():
-    """Ten times as many evaluations make not one more event: the calls and allocations of a run are all around its loop."""
+    """Ten times as many evaluations make not one more event: all calls and allocations are around the loop."""
     few, many = _events(5), _events(50)
-    assert few and sorted(few) == sorted(many)
+    assert few
+    assert sorted(few) == sorted(many)
 
 
-@pytest.mark.parametrize("scale, rows", [(3.0, 2), (1.0, 1), (0.0, 1)])
+@pytest.mark.parametrize(("scale", "rows"), [(3.0, 2), (1.0, 1), (0.0, 1)])
 def test_model_rows_are_counted(scale, rows):
     seen = []
     plan = PLANS["unipc"]
-    Sampler(lambda x, t: (seen.append(len(x)), x * 0.1)[1], plan, CFG(scale))(torch.zeros(5, *SHAPE), cond={}, uncond={})
+    Sampler(lambda x, t: (seen.append(len(x)), x * 0.1)[1], plan, CFG(scale))(
+        torch.zeros(5, *SHAPE), cond={}, uncond={}
+    )
     assert seen == [5 * rows] * plan.evaluations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -77,7 +78,8 @@ def test_equals_the_solver_run_in_float64(name, shape, backend):
     # float32 rounding of R steps on values of this size, the solver's coefficients being near 1
     bound = 8 * 2.0**-24 * plan.evaluations * max(1.0, float(want.abs().max()), plan.init_scale)
     assert float((got.double() - want).abs().max()) <= bound
-    assert got.dtype == torch.float32 and got.shape == noise.shape
+    assert got.dtype == torch.float32
+    assert got.shape == noise.shape
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -87,7 +89,8 @@ def test_numpy_and_torch_are_the_same_bits(name):
     free = lambda x, t, y=None: x * 0.25  # noqa: E731  exact in both libraries
     a = Sampler(free, plan, CFG(2.0))(noise, **conditions(2, noise), seeds=9)
     b = Sampler(free, plan, CFG(2.0))(torch.from_numpy(noise), **conditions(2), seeds=9)
-    assert isinstance(a, np.ndarray) and a.tobytes() == b.numpy().tobytes()
+    assert isinstance(a, np.ndarray)
+    assert a.tobytes() == b.numpy().tobytes()
 
 
 def test_branches_are_stacked_uncond_first():
@@ -105,7 +108,8 @@ def test_scales_of_exactly_0_and_1_and_the_interval_run_one_branch():
         Sampler(model, PLANS["ddim"], guidance)(torch.randn(batch, 3, 4, 4), **conditions(batch))
         return model
 
-    assert rows(CFG(1.0)).rows == [2] * 12 and rows(CFG(1.0)).conds[0]["y"].tolist() == [1, 2]
+    assert rows(CFG(1.0)).rows == [2] * 12
+    assert rows(CFG(1.0)).conds[0]["y"].tolist() == [1, 2]
     assert rows(CFG(0.0)).conds[0]["y"].tolist() == [0, 0]
     assert rows(CFG(3.0, interval=(0.25, 0.5))).rows == [2] * 3 + [4] * 3 + [2] * 6
     sigma = PLANS["ddim"].sigma
@@ -113,7 +117,8 @@ def test_scales_of_exactly_0_and_1_and_the_interval_run_one_branch():
     assert inside.rows == [2, 2] + [4] * 6 + [2] * 4
     assert rows(CFG(lambda step, steps: 3.0 if step % 2 else 1.0)).rows == [2, 4] * 6
     mixed = rows(CFG([1.0, 0.0, 4.0]), batch=3)  # uncond: samples 1 and 2; cond: samples 0 and 2
-    assert mixed.rows == [4] * 12 and mixed.conds[0]["y"].tolist() == [0, 0, 1, 3]
+    assert mixed.rows == [4] * 12
+    assert mixed.conds[0]["y"].tolist() == [0, 0, 1, 3]
     assert rows(CFG(3.0, batched=False)).rows == [2, 2] * 12
 
 
@@ -133,14 +138,18 @@ def test_scale_1_is_the_conditional_model_bit_for_bit():
     alone = Sampler(network, plan)(noise, cond=given["cond"])
     assert torch.equal(Sampler(network, plan, CFG(1.0))(noise, **given), alone)
     assert torch.equal(Sampler(network, plan, CFG(1.0))(noise, cond=given["cond"]), alone)  # uncond is not needed
-    assert torch.equal(Sampler(network, plan, CFG(0.0))(noise, **given), Sampler(network, plan)(noise, cond=given["uncond"]))
+    assert torch.equal(
+        Sampler(network, plan, CFG(0.0))(noise, **given), Sampler(network, plan)(noise, cond=given["uncond"])
+    )
 
 
 def test_sequential_and_batched_branches_agree_bit_for_bit():
     noise = torch.randn(3, 3, 5, 5)
     for scale in (3.0, torch.tensor([1.0, 0.0, 4.0]), lambda step, steps: 1.0 + step):
         batched = Sampler(network, PLANS["dpmpp_2m"], CFG(scale))(noise, **conditions(3))
-        assert torch.equal(Sampler(network, PLANS["dpmpp_2m"], CFG(scale, batched=False))(noise, **conditions(3)), batched)
+        assert torch.equal(
+            Sampler(network, PLANS["dpmpp_2m"], CFG(scale, batched=False))(noise, **conditions(3)), batched
+        )
 
 
 def test_nested_conditions_and_values_that_are_not_arrays():
@@ -163,7 +172,9 @@ def test_the_callers_arrays_are_left_alone_and_the_result_is_its_own():
     first = sampler(noise, **given)
     kept = first.clone()
     second = sampler(noise, **given)
-    assert torch.equal(noise, before) and torch.equal(first, kept) and torch.equal(first, second)
+    assert torch.equal(noise, before)
+    assert torch.equal(first, kept)
+    assert torch.equal(first, second)
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
     assert first.untyped_storage().nbytes() == first.nbytes  # not a view of a larger buffer
     z = [torch.randn(2, 3, 4, 4) for _ in PLANS["ancestral"].stochastic_rows]
@@ -183,7 +194,8 @@ def test_dtypes_of_model_state_and_result(dtype):
     noise = torch.randn(2, 3, 4, 4, dtype=dtype)
     out = Sampler(model, PLANS["unipc"])(noise)
     told = torch.float64 if dtype == torch.float64 else torch.int64
-    assert out.dtype == dtype and seen == {(dtype, told)}
+    assert out.dtype == dtype
+    assert seen == {(dtype, told)}
 
 
 def test_a_module_decides_the_dtype_of_its_input_and_an_output_may_have_another():
@@ -219,7 +231,9 @@ def test_outputs_in_any_memory_format_and_outputs_that_are_the_input():
     for same in (lambda x, t: x, lambda x, t: x.view(x.shape)):
         assert torch.equal(Sampler(same, PLANS["unipc"], CFG(2.0))(noise, cond={}, uncond={}), want)
     numbers = noise.numpy()
-    assert np.array_equal(Sampler(lambda x, t: x, PLANS["unipc"])(numbers), Sampler(lambda x, t: x.copy(), PLANS["unipc"])(numbers))
+    assert np.array_equal(
+        Sampler(lambda x, t: x, PLANS["unipc"])(numbers), Sampler(lambda x, t: x.copy(), PLANS["unipc"])(numbers)
+    )
 
 
 @pytest.mark.parametrize("time", ["timestep", "unit", "sigma", "c_noise"])
@@ -277,12 +291,18 @@ def test_stream_callback_and_call_are_the_same_run():
     want = sampler(noise, **conditions(2))
     events = list(sampler.stream(noise, **conditions(2)))
     assert torch.equal(sampler(noise, **conditions(2), callback=heard.append), want)
-    assert [e.row for e in events] == list(range(9)) and [e.step for e in events] == [0, 0, 1, 1, 2, 2, 3, 3, 4]
-    assert [e.sigma for e in events] == plan.sigma.tolist() and [e.timestep for e in events] == plan.timestep.tolist()
-    assert torch.equal(events[-1].x, want) and torch.equal(events[-1].denoised, want)  # it ends at the clean sample
-    assert all(torch.equal(a.x, b.x) and torch.equal(a.denoised, b.denoised) for a, b in zip(events, heard, strict=True))
+    assert [e.row for e in events] == list(range(9))
+    assert [e.step for e in events] == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert [e.sigma for e in events] == plan.sigma.tolist()
+    assert [e.timestep for e in events] == plan.timestep.tolist()
+    assert torch.equal(events[-1].x, want)
+    assert torch.equal(events[-1].denoised, want)
+    assert all(
+        torch.equal(a.x, b.x) and torch.equal(a.denoised, b.denoised) for a, b in zip(events, heard, strict=True)
+    )
     assert len({e.x.data_ptr() for e in events}) == 9  # copies, not views of one buffer
-    assert events[-1].level.sigma == 0 and events[0].level.sigma == plan.sigma[1]
+    assert events[-1].level.sigma == 0
+    assert events[0].level.sigma == plan.sigma[1]
 
 
 def test_a_stream_does_not_change_the_callers_grad_mode():
@@ -317,7 +337,7 @@ def test_blend_answers_edits_as_the_solver_edited_in_place(solver, backend):
 
 
 def test_blend_needs_an_editable_plan():
-    with pytest.raises(ValueError, match="blend.*editable"):
+    with pytest.raises(ValueError, match=r"blend.*editable"):
         Sampler(network, PLANS["dpmpp_2m"])(torch.randn(1, 3, 4, 4), blend=lambda event: event.x)
 
 
@@ -340,7 +360,8 @@ def test_check_reports_the_samples_that_met_nan():
         flagged = Sampler(poisoned, PLANS["ddim"], check="flag", backend=backend)
         out = flagged(noise)
         assert flagged.nonfinite.tolist() == [False, True, False]
-        assert torch.isnan(out[1, 0, 0, 0]) and torch.isfinite(out[[0, 2]]).all()  # NaN in, NaN out
+        assert torch.isnan(out[1, 0, 0, 0])
+        assert torch.isfinite(out[[0, 2]]).all()
         with pytest.raises(FloatingPointError, match=r"\[1\]"):
             Sampler(poisoned, PLANS["ddim"], check="raise", backend=backend)(noise)
     clipped = Sampler(poisoned, PLANS["ddim_clip"])(noise)
@@ -376,4 +397,4 @@ def test_what_is_written_through_pointers_counts_as_changed():
         return x * 0.1
 
     Sampler(model, PLANS["ddim"])(torch.randn(1, 3, 4, 4))
-    assert all(a[0] < b[0] and a[1] < b[1] for a, b in zip(versions, versions[1:], strict=False))
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(versions))

@@ -33,7 +33,11 @@ BEFORE_THE_MODEL = {
     "uncond missing": (lambda: Sampler(never, PLAN, CFG(2.0))(X, cond=Y), ValueError, "uncond"),
     "cond missing": (lambda: Sampler(never, PLAN, CFG(2.0))(X, uncond=Y), ValueError, "cond"),
     "cond kind": (lambda: Sampler(never, PLAN)(X, cond=torch.zeros(2)), TypeError, "cond.*Tensor"),
-    "cond rows": (lambda: Sampler(never, PLAN)(X, cond={"y": torch.zeros(1)}), ValueError, r"cond\['y'\].*\(2\).*\(1,\)"),
+    "cond rows": (
+        lambda: Sampler(never, PLAN)(X, cond={"y": torch.zeros(1)}),
+        ValueError,
+        r"cond\['y'\].*\(2\).*\(1,\)",
+    ),
     "cond twice": (lambda: Sampler(never, PLAN)(X, cond=Y, conds={"cond": Y}), ValueError, "cond.*conds"),
     "unknown branch": (lambda: Sampler(never, PLAN)(X, conds={"negative": Y}), ValueError, "conds.*negative"),
     "cond names": (lambda: Sampler(never, PLAN, CFG(2.0))(X, cond=Y, uncond={}), ValueError, "different conditions"),
@@ -42,7 +46,11 @@ BEFORE_THE_MODEL = {
         ValueError,
         r"'y'.*\(2, 6\).*\(2, 5\)",
     ),
-    "scale shape": (lambda: Sampler(never, PLAN, CFG([1.0, 2.0, 3.0]))(X, cond=Y, uncond=Y), ValueError, r"scale.*\(3,\)"),
+    "scale shape": (
+        lambda: Sampler(never, PLAN, CFG([1.0, 2.0, 3.0]))(X, cond=Y, uncond=Y),
+        ValueError,
+        r"scale.*\(3,\)",
+    ),
     "scale nan": (lambda: CFG(float("nan")), ValueError, "scale.*nan"),
     "interval": (lambda: CFG(2.0, interval=(0.8, 0.2)), ValueError, "interval.*0.8"),
     "space": (lambda: CFG(2.0, space="pixel"), ValueError, "space.*pixel"),
@@ -51,7 +59,11 @@ BEFORE_THE_MODEL = {
     "seeds range": (lambda: Sampler(never, NOISY)(X, seeds=-1), ValueError, "seeds.*-1"),
     "two sources": (lambda: Sampler(never, NOISY)(X, seeds=1, noises=[]), ValueError, "seeds and noises"),
     "noises count": (lambda: Sampler(never, NOISY)(X, noises=[X]), ValueError, "noises.*3.*1"),
-    "noises shape": (lambda: Sampler(never, NOISY)(X, noises=[X, X[:1], X]), ValueError, r"noises\[1\].*\(1, 3, 4, 4\)"),
+    "noises shape": (
+        lambda: Sampler(never, NOISY)(X, noises=[X, X[:1], X]),
+        ValueError,
+        r"noises\[1\].*\(1, 3, 4, 4\)",
+    ),
     "noises kind": (lambda: Sampler(never, NOISY)(X, noises=[X.numpy()] * 3), ValueError, "noises.*ndarray"),
     "generator count": (lambda: Sampler(never, NOISY)(X, generator=[torch.Generator()]), ValueError, "generator.*2.*1"),
     "c_noise at alpha 0": (
@@ -109,7 +121,7 @@ def test_blend_that_returns_something_else():
     plan = pyguide.compile("ddim", PATH, editable=True)
     with pytest.raises(ValueError, match=r"blend.*\(2, 3, 4, 4\).*\(1, 3, 4, 4\)"):
         Sampler(lambda x, t: x * 0.1, plan)(X, blend=lambda event: event.x[:1])
-    with pytest.raises(ValueError, match="blend.*NoneType"):
+    with pytest.raises(ValueError, match=r"blend.*NoneType"):
         Sampler(lambda x, t: x * 0.1, plan)(X, blend=lambda event: None)
 
 

@@ -95,7 +95,8 @@ def test_numpy_noise_into_a_torch_module(small):
     noise, labels = pyguide.randn(0, (3, 3, 6, 6)), np.eye(4, dtype=np.float32)[:3]
     got = _sampled(small, noise, labels)
     want = _sampled(small, torch.from_numpy(noise), torch.from_numpy(labels))
-    assert isinstance(got, np.ndarray) and np.array_equal(got, want.numpy())
+    assert isinstance(got, np.ndarray)
+    assert np.array_equal(got, want.numpy())
 
 
 def test_exported_scripted_and_onnx_models_sample_alike(small, tmp_path):

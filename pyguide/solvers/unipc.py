@@ -50,8 +50,9 @@ def unipc(
         x_t = (sigma_t/sigma_s) x_s - alpha_t expm1(-h) D_s - alpha_t B(h) sum_k rho_k (D_k - D_s) / r_k
 
     The predictor uses earlier D_k; the corrector, run when D_t is known, adds it with r = 1 and replaces x_t. B(h) is
-    expm1(-h) (bh2) or -h (bh1). order: 1 to 3; lower_order_final lowers it toward the end, as published. Order of
-    accuracy order (order + 1 with the corrector), one evaluation a step. Source: Zhao et al. 2023, algorithms 1 and 2.
+    expm1(-h) (bh2) or -h (bh1). order: 1 to 3; lower_order_final lowers it toward the end, as published. A step has
+    order p = order, p + 1 with the corrector; a run at most 3 because of its first step (2 without the corrector),
+    and 2 with lower_order_final. One evaluation a step. Source: Zhao et al. 2023, algorithms 1 and 2.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
