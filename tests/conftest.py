@@ -13,3 +13,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "native" and native.C is None:
         pytest.skip(f"no native kernel: {native.reason}")
     return str(request.param)
+
+
+@pytest.fixture
+def on(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The back end that the torch operators pick."""
+    if backend == "reference":
+        monkeypatch.setattr(native, "C", None)
+    return backend

@@ -1,4 +1,4 @@
-"""A sample with a seed is the same bits whoever shares its batch; one kernel and nothing else runs between model calls."""
+"""A sample with a seed is the same bits in any batch; between two model calls there is one kernel and nothing else."""
 
 from __future__ import annotations
 
