@@ -89,7 +89,10 @@ class Run:
         self.step: NativeStep | ReferenceStep | None = None
         if 0 in self.shape:  # nothing to sample
             return
-        self.buffers = sampler.spare.pop() if sampler.spare else Buffers()
+        try:
+            self.buffers = sampler.spare.pop()
+        except IndexError:  # the first run, or another one is under way in another thread
+            self.buffers = Buffers()
         self.launch = self._buffers(weights)
         self.output_dtype: Any = self.launch.inputs[0].dtype
         self.routes = self._routes(active, by_branch)

@@ -381,11 +381,32 @@ def test_one_sampler_serves_several_threads():
     assert all(torch.equal(out, want) for out in got)
 
 
+def test_buffers_are_kept_for_the_next_run_and_serve_any_other():
+    seen, noise = [], torch.randn(2, 3, 4, 4)
+
+    def model(x, t):
+        seen.append(pyguide.arrays.pointer(x))
+        return network(x, t)
+
+    sampler = Sampler(model, PLANS["unipc"])
+    want = sampler(noise)
+    assert torch.equal(sampler(noise), want)
+    assert len(set(seen)) == 1
+    started = sampler.stream(noise)
+    next(started)  # holds its buffers while others run
+    fresh = Sampler(network, PLANS["unipc"])
+    for other in (noise[:1], noise.double(), noise.half(), noise.numpy(), torch.randn(2, 5, 3), noise):
+        assert np.array_equal(np.asarray(sampler(other)), np.asarray(fresh(other)))
+    assert torch.equal([*started][-1].x, want)
+
+
 def test_it_runs_inside_inference_mode_and_on_empty_batches():
     noise = torch.randn(2, 3, 4, 4)
-    want = Sampler(network, PLANS["dpmpp_2m"])(noise)
+    sampler = Sampler(network, PLANS["dpmpp_2m"])
+    want = sampler(noise)
     with torch.inference_mode():
-        assert torch.equal(Sampler(network, PLANS["dpmpp_2m"])(noise), want)
+        assert torch.equal(sampler(noise), want)
+    assert torch.equal(sampler(noise), want)
     assert Sampler(network, PLANS["ddim"])(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
 
 
