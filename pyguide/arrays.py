@@ -56,14 +56,14 @@ def cast(array: Array, dtype: str) -> Array:
     import torch
 
     target = getattr(torch, dtype)
-    return array.detach().to(target, memory_format=torch.contiguous_format, copy=True)
+    return array.detach().resolve_neg().to(target, memory_format=torch.contiguous_format, copy=True)
 
 
 def copy_into(target: Array, source: Array) -> None:
     if isinstance(target, np.ndarray):
         np.copyto(target, source, casting="same_kind")
     else:
-        target.copy_(source)
+        target.copy_(source.detach())  # a kept buffer must not keep a graph
 
 
 def pick(array: Array, rows: np.ndarray) -> Array:
@@ -90,6 +90,13 @@ def strides(array: Array) -> tuple[int, ...]:
     if isinstance(array, np.ndarray):
         return tuple(stride // array.itemsize for stride in array.strides)
     return tuple(array.stride())
+
+
+def plain(array: Array) -> bool:
+    """Whether the memory of an array is its values: whole items apart, aligned, and not a lazily negated view."""
+    if isinstance(array, np.ndarray):
+        return bool(array.flags.aligned) and all(stride % array.itemsize == 0 for stride in array.strides)
+    return not array.is_neg()
 
 
 def merged_strides(shape: Sequence[int], steps: Sequence[int]) -> tuple[int, int, int] | None:

@@ -71,6 +71,7 @@ def compile(
         editable=editable,
         init_scale=path.init_scale,
         train_steps=path.schedule.train_steps,
+        integer_time=path.schedule.discrete and all(level.timestep.is_integer() for level in record.levels),
         names=tuple(tuple(names) for names in rows.names),
     )
     error, limit = _replay(plan, rows, function, path, (low, high), options)

@@ -25,8 +25,6 @@ class Call:
     cond: dict[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = ()  # of x, and so of the output
     branch: int = 0  # the first one
-    low: int = 0  # the memory of x
-    high: int = 0
 
 
 @dataclass
@@ -60,6 +58,8 @@ def check(name: str, cond: Any, batch: int) -> None:
     for key, value in cond.items():
         if isinstance(value, Mapping):
             check(f"{name}[{key!r}]", value, batch)
+        elif isinstance(value, (list, tuple)):
+            raise TypeError(f"{name}[{key!r}]: expected an array with one row per sample, got {type(value).__name__}")
         elif is_array(value) and (value.ndim == 0 or value.shape[0] != batch):
             raise ValueError(
                 f"{name}[{key!r}]: expected one row per sample ({batch}), got shape {tuple(value.shape)}; "

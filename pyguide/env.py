@@ -81,7 +81,7 @@ def report() -> dict[str, Any]:
             "native (CPU)": "ready" if core["loaded"] else core["reason"],
             "native (CUDA)": NO_GPU_KERNELS,
             "triton": NO_GPU_KERNELS,
-            "reference": torch,
+            "reference": "ready" if torch == "ready" else f"ready for numpy arrays; {torch}",
         },
     }
 

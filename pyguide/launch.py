@@ -48,8 +48,7 @@ class NativeStep:
         written = [launch.state, *launch.inputs, *launch.times, *([] if launch.denoised is None else [launch.denoised])]
         tracked = {id(a): a for a in written if arrays.is_torch(a) and not a.is_inference()}
         self.bumped = tuple(tracked.values())
-        # what torch.autograd.graph.increment_version calls after an isinstance check that costs 1 us a row
-        self.bump: Any = sys.modules["torch"]._C._increment_version if self.bumped else None
+        self.bump: Any = _version_counter() if self.bumped else None
         self.supplied = False
         self.step = self._bind()
 
@@ -122,6 +121,16 @@ class NativeStep:
         self.step.refresh()
         if self.bumped:
             self.bump(self.bumped)
+
+
+def _version_counter() -> Any:
+    """What torch.autograd.graph.increment_version calls after an isinstance check that costs 1 us a row."""
+    bump = sys.modules["torch"]._C._increment_version
+    try:
+        bump(())
+    except (TypeError, RuntimeError):  # releases that take one tensor
+        return lambda tensors: [bump(tensor) for tensor in tensors]
+    return bump
 
 
 def _walk(array: Array) -> tuple[int, int, int, int]:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 ABI = 1  # of the structs below and of csrc/step.h; a mismatch refuses to load
 HEAD = 8
-MAX_SLOTS = 8
-MAX_BRANCHES = 8
+MAX_SLOTS = 8  # of a plan; the kernel takes 16, which leaves a guidance method its own
 
 SAMPLE = np.dtype(
     [

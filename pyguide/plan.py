@@ -27,6 +27,7 @@ _SCALARS: dict[str, Any] = {
     "solver": str,
     "prediction": str,
     "editable": bool,
+    "integer_time": bool,
 }
 
 
@@ -52,7 +53,8 @@ class Plan:
     prediction: str
     editable: bool
     init_scale: float
-    train_steps: int
+    train_steps: int  # of the schedule, 0 where it has none (edm)
+    integer_time: bool  # the timesteps are whole steps of a discrete schedule: models are told int64
     names: tuple[tuple[str, ...], ...] = field(default=())  # [R+1][M] what each slot holds after the row
     format: int = FORMAT
 
@@ -94,6 +96,7 @@ class Plan:
             self.editable,
             self.init_scale,
             self.train_steps,
+            self.integer_time,
         )
         return (*scalars, *(getattr(self, name).tobytes() for name in _ARRAYS))
 
@@ -146,7 +149,9 @@ class Plan:
             for name, kind in _SCALARS.items():
                 if not isinstance(values[name], kind) or (kind is not bool and isinstance(values[name], bool)):
                     raise TypeError(f"{name}: got {values[name]!r}")
-        except (TypeError, ValueError, OverflowError) as error:
+            for name in ("init_scale", "residual", "replay_error"):
+                values[name] = float(values[name])
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"text: a field of the plan is malformed: {error}") from None
         return cls(**values)
 
@@ -217,6 +222,8 @@ def _validate(plan: Plan) -> None:
             raise ValueError(f"{name}: expected shape {shape}, got {getattr(plan, name).shape}")
     if len(plan.end) != 2 or not np.isfinite(plan.end).all():
         raise ValueError(f"end: expected (alpha, sigma), finite, got {plan.end}")
+    if plan.train_steps < 0:
+        raise ValueError(f"train_steps: expected an integer >= 0, got {plan.train_steps}")
     if plan.steps < 1 or (plan.step < 0).any() or (plan.step >= plan.steps).any():
         raise ValueError(f"step: expected values in [0, steps={plan.steps}), got {plan.step}")
     for name in ("timestep", "sigma", "alpha", "init_scale", "residual", "replay_error"):
@@ -234,3 +241,11 @@ def _validate(plan: Plan) -> None:
     first = plan.table[0]
     if first[:2].any() or first[HEAD + M * M : HEAD + M * M + 2 * M].any():
         raise ValueError("table: row 0 runs before any evaluation and cannot read a model output")
+    written = {0}
+    for i, row in enumerate(plan.rows):
+        read = {c for r in range(M) for c in range(M) if row.T[r][c] != 0}
+        if not read <= written:
+            raise ValueError(f"table: row {i} reads slot {min(read - written)}, which no row before it has written")
+        for r in range(M):
+            if any((*row.T[r], row.d[r], row.e[r], row.n[r], row.q[r])):
+                written.add(r)

@@ -40,7 +40,8 @@ class Conversion:
 
 def check_prediction(prediction: str) -> None:
     if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+        hint = {"v_prediction": " (diffusers' v_prediction is 'v')"}.get(prediction, "")
+        raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}; got {prediction!r}{hint}")
 
 
 def conversion(prediction: str, level: Level, sigma_data: float = 0.5) -> Conversion:

@@ -3,9 +3,8 @@
 Let F_i be the form of the i-th model input and F_R the result. What the sampler must remember between two rows is the
 space spanned by the known parts of all future forms, and no less (minimal realisation; Ho, Kalman 1966): its dimension
 is the number of slots. The basis is taken from *natural* vectors, values of the size of data that the solver computes
-anyway, so
-that the coefficients of the rows stay near 1: what the solver kept alive, earlier predictions and inputs, and only then
-the known part of a future input.
+anyway, so that the coefficients of the rows stay near 1: what the solver kept alive, earlier predictions and inputs,
+and only then the known part of a future input.
 
 Two approximations keep this linear in R, and the certificate of the caller checks both: a window of the next 12 forms
 stands for all of them, and vectors longer than SKETCH are compared through a fixed random projection.

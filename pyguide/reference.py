@@ -18,14 +18,11 @@ parametrisation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .layout import Row, Weights
-
-if TYPE_CHECKING:
-    pass
 
 Array = Any
 

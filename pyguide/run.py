@@ -79,6 +79,10 @@ class Run:
         if sampler.guidance is not None:
             self.branches = sampler.guidance.branches
             weights = sampler.guidance.weights(sampler.guidance.scales(self.plan, self.batch))
+            if sampler.guidance.space != "model" and not np.allclose(weights.sum(axis=-1), 1):
+                raise ValueError(
+                    f"space: {sampler.guidance!r} has weights whose sum is not 1; only 'model' is combined"
+                )
         active = weights != 0
         by_branch = self._conditions(cond, uncond, conds, active.any(axis=(0, 1)))
         on_cpu = isinstance(noise, np.ndarray) or noise.device.type == "cpu"
@@ -90,11 +94,13 @@ class Run:
         if 0 in self.shape:  # nothing to sample
             return
         try:
-            self.buffers = sampler.spare.pop()
+            self.buffers = sampler._spare.pop()
         except IndexError:  # the first run, or another one is under way in another thread
             self.buffers = Buffers()
         self.launch = self._buffers(weights)
         self.output_dtype: Any = self.launch.inputs[0].dtype
+        spans = {(arrays.pointer(x), arrays.pointer(x) + x.nbytes) for x in self.launch.inputs}
+        self.input_spans = tuple(spans)
         self.routes = self._routes(active, by_branch)
         if sampler.backend == "auto" and not on_cpu:
             warnings.warn(
@@ -137,9 +143,10 @@ class Run:
         state = array("state", (S, *self.shape), state_dtype, self.like)
         arrays.copy_into(state[0], self.like)
         rows, count = (self.batch * K, 1) if self.batched else (self.batch, K)
-        whole = self.model.time == "timestep" and bool((plan.timestep == np.round(plan.timestep)).all())
-        told = time_dtype(whole, state_dtype == "float64")
+        told = time_dtype(plan.integer_time and self.model.time == "timestep", state_dtype == "float64")
         input_dtype, input_shape = self.model.dtype or self.dtype, (rows, *self.shape[1:])
+        if self.is_numpy and input_dtype == "bfloat16":
+            raise TypeError("noise: the model takes bfloat16, which numpy does not have; give a torch tensor")
         inputs = [array(f"input {k}", input_shape, input_dtype, self.like) for k in range(count)]
         times = [array(f"time {k}", (rows,), told, self.like) for k in range(count)]
         shared = bool((weights == weights[:, :1]).all())
@@ -174,8 +181,6 @@ class Run:
                     call.x, call.t = self.launch.inputs[buffer][: call.size], self.launch.times[buffer][: call.size]
                     call.cond = stack(conds, call, self.batch)
                     call.shape, call.branch = tuple(call.x.shape), buffer
-                    call.low = arrays.pointer(call.x)
-                    call.high = call.low + self.launch.inputs[buffer].nbytes
             routes.append(known[key])
         return routes
 
@@ -191,24 +196,26 @@ class Run:
             return
         step, model, accepted = self.step, self.model, self._accepted
         nowhere = np.full((self.batch, len(self.branches)), -1, np.int32)
-        bar = _bar(len(self.routes)) if self.sampler.progress else None
         self._draw(0)
         step.advance((), nowhere, self.routes[0].index)
         targets = [routing.index for routing in self.routes[1:]] + [nowhere]
-        for i, (routing, target) in enumerate(zip(self.routes, targets, strict=True)):
-            outputs = [accepted(model(call.x, call.t, **call.cond), call) for call in routing.calls]
-            if not self.batched:
-                outputs = self._by_branch(outputs, routing.calls)
-            self._draw(i + 1)
-            step.advance(outputs, routing.index, target)
+        bar = _bar(len(self.routes)) if self.sampler.progress else None
+        try:
+            for i, (routing, target) in enumerate(zip(self.routes, targets, strict=True)):
+                outputs = [accepted(model(call.x, call.t, **call.cond), call) for call in routing.calls]
+                if not self.batched:
+                    outputs = self._by_branch(outputs, routing.calls)
+                self._draw(i + 1)
+                step.advance(outputs, routing.index, target)
+                if bar is not None:
+                    bar.update()
+                event = self._event(i) if self.wants_events else None
+                if callback is not None and event is not None:
+                    callback(event)
+                yield event
+        finally:
             if bar is not None:
-                bar.update()
-            event = self._event(i) if self.wants_events else None
-            if callback is not None and event is not None:
-                callback(event)
-            yield event
-        if bar is not None:
-            bar.close()
+                bar.close()
         self._report()
 
     def _draw(self, row: int) -> None:
@@ -231,12 +238,19 @@ class Run:
         if out.shape != call.shape or out.dtype != self.output_dtype:
             self._check_output(out, call)
         if self.is_numpy:
-            clean = out.flags.c_contiguous and not np.may_share_memory(out, call.x)
+            clean = out.flags.c_contiguous and out.flags.aligned and not self._overlaps(out)
         else:
             if out.requires_grad or out.device != self.device:
                 self._check_output(out, call)
-            clean = out.is_contiguous() and not call.low <= out.data_ptr() < call.high
+            clean = out.is_contiguous() and not out.is_neg() and not self._overlaps(out)
         return out if clean else self._walkable(out, call)
+
+    def _overlaps(self, out: Array) -> bool:
+        """Whether an output lies in a buffer that the kernel will write, as that of a model that returns its input."""
+        if self.is_numpy:
+            return any(np.may_share_memory(out, x) for x in self.launch.inputs)
+        start = out.data_ptr()
+        return any(low <= start < high for low, high in self.input_spans)
 
     def _check_output(self, out: Array, call: Call) -> None:
         if not arrays.is_array(out) or isinstance(out, np.ndarray) != self.is_numpy:
@@ -253,9 +267,8 @@ class Run:
         self.output_dtype = out.dtype
 
     def _walkable(self, out: Array, call: Call) -> Array:
-        overlaps = np.may_share_memory(out, call.x) if self.is_numpy else call.low <= out.data_ptr() < call.high
-        walks = arrays.merged_strides(call.shape, arrays.strides(out)) is not None
-        return out if walks and not overlaps else arrays.cast(out, arrays.dtype_name(out))
+        walks = arrays.plain(out) and arrays.merged_strides(call.shape, arrays.strides(out)) is not None
+        return out if walks and not self._overlaps(out) else arrays.cast(out, arrays.dtype_name(out))
 
     def _event(self, i: int) -> Event:
         plan, a = self.plan, self.launch
@@ -265,9 +278,9 @@ class Run:
         if self.blend is None:
             return event
         x = self.blend(event)
-        if not arrays.is_array(x) or tuple(x.shape) != self.shape:
-            got = tuple(x.shape) if arrays.is_array(x) else type(x).__name__
-            raise ValueError(f"blend: expected an array of shape {self.shape} in place of event.x, got {got}")
+        if type(x) is not type(event.x) or tuple(x.shape) != self.shape:
+            got = f"{type(x).__name__} {tuple(getattr(x, 'shape', ()))}"
+            raise ValueError(f"blend: expected {type(event.x).__name__} {self.shape} in place of event.x, got {got}")
         arrays.copy_into(a.state[0], x)
         if i + 1 < plan.evaluations:
             assert self.step is not None
@@ -287,7 +300,7 @@ class Run:
         if self.step is None:
             return arrays.cast(self.like, self.dtype)
         out = arrays.cast(self.launch.state[0], self.dtype)
-        self.sampler.spare[:] = [self.buffers]
+        self.sampler._spare[:] = [self.buffers]
         return out
 
 
@@ -321,8 +334,11 @@ class Draws:
                 if type(z) is not type(like) or tuple(z.shape) != shape:
                     got = f"{type(z).__name__} {tuple(np.shape(z))}"
                     raise ValueError(f"noises[{k}]: expected {type(like).__name__} {shape}, got {got}")
-        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
+        several = isinstance(generator, (list, tuple))
+        if several and len(generator) != shape[0]:
             raise ValueError(f"generator: expected one, or one per sample ({shape[0]}), got {len(generator)}")
+        for each in generator if several else [generator]:
+            _check_generator(each, like)
 
     def fill(self, buffer: Array, row: int) -> None:
         """Standard normals of a noisy row into buffer [B, C, *]."""
@@ -345,6 +361,20 @@ class Draws:
         return torch.randn(shape, generator=generator, device=device, dtype=self.like.dtype).to(self.like.device)
 
 
+def _check_generator(generator: Any, like: Array) -> None:
+    if generator is None:
+        return
+    if isinstance(like, np.ndarray):
+        kinds: tuple[type, ...] = (np.random.Generator, np.random.RandomState)
+        wanted = "a numpy Generator"
+    else:
+        import torch
+
+        kinds, wanted = (torch.Generator,), "a torch.Generator"
+    if not isinstance(generator, kinds):
+        raise TypeError(f"generator: expected {wanted} for such noise, got {type(generator).__name__}")
+
+
 def check_noise(noise: Array) -> tuple[int, ...]:
     """The shape of the initial state; TypeError or ValueError naming noise."""
     if not arrays.is_array(noise):
@@ -363,6 +393,8 @@ def time_column(plan: Plan, time: str) -> NDArray[np.float64]:
     if time == "timestep":
         return plan.timestep
     if time == "unit":
+        if plan.train_steps == 0:
+            raise ValueError("time: an edm path has no training steps of which unit time would be the fraction")
         return plan.timestep / plan.train_steps
     if time == "sigma":
         return plan.sigma

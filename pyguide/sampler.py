@@ -70,7 +70,7 @@ class Sampler:
         self.check = check
         self.nonfinite: NDArray[np.bool_] | None = None
         self._tables: dict[tuple[str, str], NDArray[Any]] = {}
-        self.spare: list[Buffers] = []  # of the last run, for the next; a run that is under way has taken them out
+        self._spare: list[Buffers] = []  # of the last run, for the next; a run that is under way has taken them out
         time_column(plan, self.model.time)  # a convention that the plan cannot serve is an error now
 
     def __repr__(self) -> str:
@@ -138,5 +138,11 @@ class Sampler:
         if key not in self._tables:
             table = self.plan.table.copy()
             table[:-1, 5] = time_column(self.plan, self.model.time)
-            self._tables[key] = table.astype(dtype).ravel()
+            with np.errstate(over="ignore"):
+                rounded = table.astype(dtype)
+            lost = np.isfinite(table) & ~np.isfinite(rounded)
+            if lost.any():
+                row, column = (int(place[0]) for place in np.nonzero(lost))
+                raise ValueError(f"plan: row {row} has a coefficient beyond {dtype}, {table[row, column]:g}")
+            self._tables[key] = rounded.ravel()
         return self._tables[key]

@@ -31,6 +31,7 @@ class Schedule(ABC):
 
     train_steps: int = 1000
     sigma_data: float = 0.5
+    discrete: bool = False  # trained on whole timesteps, which models may index tables with
     exploding: bool = False  # alpha = 1: the first state is noise of the largest sigma, not of unit variance
 
     @abstractmethod
@@ -72,10 +73,11 @@ class Schedule(ABC):
         """The grid of one sampling run.
 
         steps: number of solver steps N. Optional when timesteps or sigmas are sequences.
-        spacing: how timesteps are spread over training ones, as diffusers names them: "leading" (i T//N + offset),
-            "trailing" (from the last one down by T/N), "linspace" (from the last to the first). A flow path is
-            continuous: leading and trailing are 1, 1-1/N, ..., 1/N, linspace ends at 1/T. edm paths have one grid
-                (Karras).
+        spacing: how timesteps are spread over the T training ones: "leading" (i T//N + offset), "trailing" (from the
+            last one down by T/N), "linspace" (from the last to the first, rounded), as in DDIM of diffusers. Other
+            schedulers there spread N + 1 points or do not round: give `timesteps` (and `sigmas`) from one to get its
+            grid. A flow path is continuous: leading and trailing are 1, 1-1/N, ..., 1/N, linspace ends at 1/T; an
+            edm path has one grid, Karras'.
         timesteps: the timesteps themselves, descending; fractional ones are interpolated in log sigma. Together with
             `sigmas`, they are only what the model is told.
         sigmas: "karras" (Karras et al. 2022, eq. 5, with rho), "exponential" (rho to infinity), or descending values:
@@ -90,8 +92,8 @@ class Schedule(ABC):
             raise ValueError(f'final_sigma: expected "zero" or "min", got {final_sigma!r}')
         if not 0.0 < strength <= 1.0:
             raise ValueError(f"strength: expected a number in (0, 1], got {strength}")
-        if not (math.isfinite(rho) and rho > 0):
-            raise ValueError(f"rho: expected a positive number, got {rho}")
+        if not 0.1 <= rho <= 1e3:  # beyond, sigma^(1/rho) or its power leaves float64
+            raise ValueError(f"rho: expected a number in [0.1, 1000], got {rho}")
         given_sigmas = None if sigmas is None or isinstance(sigmas, str) else _numbers("sigmas", sigmas)
         if given_sigmas is not None and len(given_sigmas) > 1 and given_sigmas[-1] == 0:
             given_sigmas = given_sigmas[:-1]
@@ -205,6 +207,8 @@ def _count(steps: int | None, timesteps: Floats | None, sigmas: Floats | None) -
 class VariancePreserving(Schedule):
     """Discrete schedule of a DDPM: alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t])."""
 
+    discrete = True
+
     def __init__(self, alphas_cumprod: Sequence[float] | Floats) -> None:
         table = _numbers("alphas_cumprod", alphas_cumprod)
         if table.size < 2:
@@ -313,6 +317,7 @@ class EDM(Schedule):
     """Karras et al. 2022: alpha = 1, sigma from sigma_max to sigma_min, the model is told c_noise = log(sigma) / 4."""
 
     exploding = True
+    train_steps = 0
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5) -> None:
         if not 0 < sigma_min < sigma_max < math.inf:

@@ -20,6 +20,8 @@ import numpy as np
 
 from .path import Floats, Level, NoisePath
 
+KEPT = 16  # live values that are looked at per row, the newest: a solver that keeps all of them stays linear in R
+
 
 class TraceError(TypeError):
     """A solver did something that is not linear in its states, or that a plan cannot express."""
@@ -289,7 +291,8 @@ class Trace:
             edit = self.atom("edit")
             x.vector = (x + edit).vector
         self.known.append(len(self.atoms))
-        self.live.append([Live(f.serial, f.vector) for f in self._forms.values() if f is not x])
+        alive = [form for form in self._forms.values() if form is not x]  # in the order of creation
+        self.live.append([Live(form.serial, form.vector) for form in alive[-KEPT:]])
         self.levels.append(here)
         vector = x.vector
         row = self.row

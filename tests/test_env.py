@@ -93,7 +93,7 @@ def test_report_without_optional_packages(without, capsys) -> None:
     without(*extras.EXTRA)
     report = env.report()
     assert report["packages"]["torch"] == "torch is not installed: pip install pyguide[torch]"
-    assert report["backends"]["reference"] == report["packages"]["torch"]
+    assert report["backends"]["reference"] == f"ready for numpy arrays; {report['packages']['torch']}"
     env.main([])
     assert "pip install pyguide[diffusers]" in capsys.readouterr().out
 

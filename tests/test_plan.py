@@ -281,3 +281,32 @@ def test_compiling_is_deterministic() -> None:
         path = schedules.linear().path(12)
         tables = [pyguide.compile(case[0], path, prediction="v", **case[1]).table.tobytes() for _ in range(2)]
         assert tables[0] == tables[1]
+
+
+def test_a_table_that_reads_a_slot_before_it_is_written_is_refused() -> None:
+    values = json.loads(pyguide.compile("dpmpp_2m", schedules.scaled_linear().path(6)).to_json())
+    M = values["slots"]
+    for row in values["table"]:  # no row writes slot 1 any more; the last one reads it
+        row[8 + M : 8 + 2 * M] = [0.0] * M
+        for vector in range(4):
+            row[8 + M * M + vector * M + 1] = 0.0
+    with pytest.raises(ValueError, match=r"table: row 2 reads slot 1, which no row before it has written"):
+        pyguide.Plan.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("init_scale", 10**400), ("residual", 10**400), ("train_steps", -1), ("sigma", [[[[[[1.0]]]]]]), ("steps", 0)],
+)
+def test_hostile_fields_are_value_errors(field: str, value: object) -> None:
+    values = json.loads(pyguide.compile("ddim", schedules.scaled_linear().path(3)).to_json())
+    values[field] = value
+    with pytest.raises(ValueError):  # noqa: PT011  each names its own field
+        pyguide.Plan.from_json(json.dumps(values))
+
+
+def test_deep_nesting_is_a_value_error() -> None:
+    values = pyguide.compile("ddim", schedules.scaled_linear().path(3)).to_json()
+    head, _, tail = values.partition('"sigma": [')
+    with pytest.raises(ValueError, match="text"):
+        pyguide.Plan.from_json(head + '"sigma": [' + "[" * 5000 + "1.0" + "]" * 5000 + ", " + tail)

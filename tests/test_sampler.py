@@ -236,6 +236,65 @@ def test_outputs_in_any_memory_format_and_outputs_that_are_the_input():
     )
 
 
+def test_outputs_whose_memory_is_not_their_values():
+    """Fields of packed records lie between items, negated views hold the opposite of their values."""
+    noise = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    want = Sampler(lambda x, t: x * 0.25, PLANS["unipc"])(noise)
+
+    def packed(x, t):
+        record = np.zeros(x.shape, [("pad", "u1"), ("value", "f4")])
+        record["value"] = x * 0.25
+        return record["value"]
+
+    def reversed_fields(x, t):
+        record = np.zeros(x.shape, [("pad", "u1"), ("value", "f4")])
+        record["value"] = (x * 0.25)[..., ::-1]
+        return record["value"][..., ::-1]
+
+    for model in (packed, reversed_fields):
+        assert np.array_equal(Sampler(model, PLANS["unipc"])(noise), want)
+
+    def lazily_negated(x, t):
+        out = torch.complex(torch.zeros_like(x), x * -0.25).conj().imag
+        assert out.is_neg()
+        return out
+
+    got = Sampler(lazily_negated, PLANS["unipc"])(torch.from_numpy(noise))
+    assert np.array_equal(got.numpy(), want)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_outputs_that_are_an_earlier_input(backend, batched):
+    """A model that keeps its inputs and answers with one of them: what it returns is read before it is overwritten."""
+    given = {"cond": {"y": torch.ones(2)}, "uncond": {"y": torch.zeros(2)}}
+
+    def run(keep):
+        kept = []
+
+        def model(x, t, y):
+            kept.append(keep(x))
+            return kept[-2 if len(kept) > 1 else -1]
+
+        return Sampler(model, PLANS["ddim"], CFG(2.0, batched=batched), backend=backend)(torch.ones(2, 3, 4), **given)
+
+    # all buffers hold the newest input: that is what the model returns, whichever it picks
+    now = Sampler(lambda x, t, y: x.clone(), PLANS["ddim"], CFG(2.0, batched=batched), backend=backend)
+    assert torch.equal(run(lambda x: x), now(torch.ones(2, 3, 4), **given))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 10, 28])
+def test_the_dtype_of_time_does_not_depend_on_the_number_of_steps(steps):
+    def told(path, prediction):
+        seen = []
+        model = lambda x, t: (seen.append(t.dtype), x * 0.1)[1]  # noqa: E731
+        Sampler(model, pyguide.compile("ddim", path, prediction=prediction))(torch.ones(1, 2, 2))
+        return set(seen)
+
+    assert told(schedules.flow().path(steps), "flow") == {torch.float32}
+    assert told(VP.path(steps), "epsilon") == {torch.int64}
+    assert told(VP.path(steps, sigmas="karras"), "epsilon") <= {torch.float32, torch.int64}
+
+
 @pytest.mark.parametrize("time", ["timestep", "unit", "sigma", "c_noise"])
 def test_time_conventions(time):
     plan, told = PLANS["dpmpp_2m"], []
@@ -334,6 +393,16 @@ def test_blend_answers_edits_as_the_solver_edited_in_place(solver, backend):
     want = inpaint(solvers.sample(solver, edited, noise.clone(), path), plan.level(plan.evaluations))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
     assert torch.equal(got[~mask], known[~mask])
+
+
+def test_a_blend_with_a_graph_leaves_none_behind():
+    plan = pyguide.compile("ddim", VP.path(4), editable=True)
+    weight = torch.ones(1, requires_grad=True)
+    sampler = Sampler(network, plan)
+    for _ in range(2):
+        out = sampler(torch.ones(1, 3, 4), blend=lambda event: event.x * weight)
+        assert not out.requires_grad
+    assert torch.equal(out, sampler(torch.ones(1, 3, 4)))
 
 
 def test_blend_needs_an_editable_plan():

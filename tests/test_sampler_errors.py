@@ -12,8 +12,20 @@ from pyguide import CFG, Sampler, schedules
 PATH = schedules.scaled_linear().path(4)
 PLAN = pyguide.compile("ddim", PATH)
 NOISY = pyguide.compile("ddim", PATH, eta=1.0)
+EXTREME = pyguide.compile(
+    "ddim", schedules.from_alphas_cumprod([*np.linspace(0.999, 0.01, 20), 1e-80]).path(5, spacing="trailing")
+)
 X = torch.zeros(2, 3, 4, 4)
 Y = {"y": torch.zeros(2)}
+
+
+class Narrow(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+    def forward(self, x, t):
+        raise AssertionError("the model was called")
 
 
 def never(x, t, **cond):
@@ -66,6 +78,44 @@ BEFORE_THE_MODEL = {
     ),
     "noises kind": (lambda: Sampler(never, NOISY)(X, noises=[X.numpy()] * 3), ValueError, "noises.*ndarray"),
     "generator count": (lambda: Sampler(never, NOISY)(X, generator=[torch.Generator()]), ValueError, "generator.*2.*1"),
+    "generator kind": (
+        lambda: Sampler(never, NOISY)(X, generator=np.random.default_rng()),
+        TypeError,
+        "generator.*torch.Generator.*got Generator",
+    ),
+    "generator kind numpy": (
+        lambda: Sampler(never, NOISY)(X.numpy(), generator=torch.Generator()),
+        TypeError,
+        "generator.*numpy",
+    ),
+    "generators kind": (lambda: Sampler(never, NOISY)(X, generator=[5, 6]), TypeError, "generator.*int"),
+    "bfloat16 numpy": (
+        lambda: Sampler(Narrow(), PLAN)(X.numpy()),
+        TypeError,
+        "noise.*bfloat16",
+    ),
+    "cond list": (lambda: Sampler(never, PLAN)(X, cond={"p": ["a", "b"]}), TypeError, r"cond\['p'\].*list"),
+    "interval number": (lambda: CFG(2.0, interval=0.5), ValueError, "interval.*0.5"),
+    "clip text": (lambda: pyguide.compile("ddim", PATH, clip="a"), ValueError, "clip.*'a'"),
+    "clip length": (lambda: pyguide.compile("ddim", PATH, clip=(1.0,)), ValueError, "clip"),
+    "rho": (lambda: schedules.edm().path(4, rho=1e-3), ValueError, "rho.*0.001"),
+    "solver hint": (lambda: pyguide.compile("DPM++ 2M", PATH), ValueError, "did you mean 'dpmpp_2m'"),
+    "prediction hint": (lambda: pyguide.compile("ddim", PATH, prediction="v_prediction"), ValueError, "is 'v'"),
+    "cuda_graph": (lambda: Sampler(never, PLAN, cuda_graph=True), RuntimeError, "cuda_graph.*CUDA"),
+    "triton": (lambda: Sampler(never, PLAN, backend="triton"), RuntimeError, "backend.*Triton"),
+    "unit on edm": (
+        lambda: Sampler(
+            pyguide.models.wrap(never, time="unit"),
+            pyguide.compile("ddim", schedules.edm().path(4), prediction="edm"),
+        ),
+        ValueError,
+        "time.*edm",
+    ),
+    "beyond float32": (
+        lambda: Sampler(never, EXTREME)(X),
+        ValueError,
+        "plan: row 1 has a coefficient beyond float32",
+    ),
     "c_noise at alpha 0": (
         lambda: Sampler(
             pyguide.models.wrap(never, time="c_noise"),
@@ -121,7 +171,7 @@ def test_blend_that_returns_something_else():
     plan = pyguide.compile("ddim", PATH, editable=True)
     with pytest.raises(ValueError, match=r"blend.*\(2, 3, 4, 4\).*\(1, 3, 4, 4\)"):
         Sampler(lambda x, t: x * 0.1, plan)(X, blend=lambda event: event.x[:1])
-    with pytest.raises(ValueError, match=r"blend.*NoneType"):
+    with pytest.raises(ValueError, match=r"blend.*Tensor.*NoneType"):
         Sampler(lambda x, t: x * 0.1, plan)(X, blend=lambda event: None)
 
 

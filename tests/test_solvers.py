@@ -354,3 +354,9 @@ def test_refusals() -> None:
         solvers.sample("heun", smooth, X, schedules.linear(zero_snr=True).path(3, spacing="trailing"), prediction="v")
     with pytest.raises(ValueError, match=r"^solver: the name 'ddim' is taken"):
         solvers.solver("ddim")(lambda: None)
+
+
+def test_the_reference_leaves_the_callers_array_alone() -> None:
+    noise = np.ones((1, 2, 3))
+    solvers.sample("ddim", lambda x, t: np.multiply(x, 0.5, out=x), noise, schedules.scaled_linear().path(3))
+    assert (noise == 1).all()

@@ -21,8 +21,9 @@ class Guidance(ABC):
         per sample [B], or a function of (step, steps).
     interval: (a, b), the method acts in the steps with a <= step / steps < b and is purely conditional outside, where
         the other branches are not run.
-    sigma_interval: (low, high), the same in noise levels: low < sigma <= high, with the sigma that the step starts at
-        (Kynkaanniemi et al. 2024). All evaluations of a step are treated alike.
+    sigma_interval: (low, high), the same in noise levels: low < sigma <= high for the `plan.sigma` that the step starts
+        at. Published intervals (Kynkaanniemi et al. 2024) are in sigma / alpha: s is s / sqrt(1 + s^2) on a
+        variance-preserving path. All evaluations of a step are treated alike.
     space: where the branches are combined. For weights that sum to 1 the spaces are equal, each prediction being an
         affine map of the others at the same x.
     """
@@ -41,7 +42,7 @@ class Guidance(ABC):
         if space not in ("model", "denoised", "v"):
             raise ValueError(f'space: expected "model", "denoised" or "v", got {space!r}')
         for name, pair in (("interval", interval), ("sigma_interval", sigma_interval)):
-            if pair is not None and not (len(pair) == 2 and pair[0] <= pair[1]):
+            if pair is not None and not (np.shape(pair) == (2,) and pair[0] <= pair[1]):
                 raise ValueError(f"{name}: expected (low, high) with low <= high, got {pair!r}")
         self.scale: Floats | Callable[[int, int], float] = scale if callable(scale) else _finite(scale)
         self.interval, self.sigma_interval, self.space = interval, sigma_interval, space
@@ -54,10 +55,11 @@ class Guidance(ABC):
         """The scale of every evaluation and sample, [R, B] float64; 1 outside the intervals."""
         steps = plan.steps
         if callable(self.scale):
-            values = [_finite(self.scale(step, steps)) for step in range(steps)]
-            if any(value.ndim for value in values):
+            values = {step: _finite(self.scale(step, steps)) for step in dict.fromkeys(plan.step.tolist())}
+            if any(value.ndim for value in values.values()):
                 raise ValueError("scale: a function of (step, steps) must return a number")
-            table = np.broadcast_to(np.array(values)[plan.step, None], (plan.evaluations, batch))
+            column = np.array([float(values[step]) for step in plan.step.tolist()])
+            table = np.broadcast_to(column[:, None], (plan.evaluations, batch))
         else:
             if self.scale.ndim and self.scale.shape != (batch,):
                 raise ValueError(f"scale: expected a number or one per sample ({batch}), got shape {self.scale.shape}")

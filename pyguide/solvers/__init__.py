@@ -2,9 +2,9 @@
 
 A solver is `f(model, x, path, *, noise, **options) -> x`:
 
-    model(x, level) -> .denoised (D, clipped if a clip was asked for) and .noise (E = (x - alpha D) / sigma before the
-    clip) path            alpha, sigma, lam = log(alpha / sigma) [N+1] in float64, path.steps = N, path.at(lam) between
-    grid points noise(i)        a fresh standard normal array, drawn in step i
+    model(x, level)  .denoised: D, clipped if a clip was asked for; .noise: E = (x - alpha D) / sigma before the clip
+    path             alpha, sigma, lam = log(alpha / sigma) [N+1] in float64; steps = N; at(lam) between grid points
+    noise(i)         a fresh standard normal array, drawn in step i
 
 A level is a grid index or `path.at(lam)`. States may be added, subtracted and multiplied by numbers; everything else is
 computed from the path. To add a solver, write the function and register it under its name with `@solver`.

@@ -25,12 +25,12 @@ def heun(
 ) -> Any:
     """In y = x/a and s = sigma/a, with a = alpha (a = 1 on flow paths, whose own variable is sigma), from s to s':
 
-        s^ = s (1 + gamma),  y^ = y + sqrt(s^^2 - s^2) s_noise z,  gamma = min(s_churn / N, sqrt(2) - 1) if s_tmin <= s
-        <= s_tmax d  = (y^ - D(y^, s^)) / s^,   y' = y^ + (s' - s^) d
+        s^ = s (1 + gamma),  y^ = y + sqrt(s^^2 - s^2) s_noise z
+        d  = (y^ - D(y^, s^)) / s^,   y' = y^ + (s' - s^) d
         d' = (y' - D(y', s')) / s',   y' = y^ + (s' - s^) (d + d') / 2       unless s' = 0
 
-    On a flow path d is the velocity. Order 2, two evaluations a step (one in the last). Source: Karras et al. 2022,
-    algorithm 2.
+    gamma = min(s_churn / N, sqrt(2) - 1) where s_tmin <= s <= s_tmax, else 0. On a flow path d is the velocity.
+    Order 2, two evaluations a step (one in the last). Source: Karras et al. 2022, algorithm 2.
     """
     if not s_churn >= 0:
         raise ValueError(f"s_churn: expected a number >= 0, got {s_churn}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +42,9 @@ def resolve(choice: str | Solver) -> Solver:
     """The solver function of a name, or a callable as it is; a k-diffusion function is adapted to the same contract."""
     if isinstance(choice, str):
         if choice not in _SOLVERS:
-            raise ValueError(f"solver: expected one of {', '.join(names())}, or a function; got {choice!r}")
+            near = difflib.get_close_matches(re.sub(r"\W+", "_", choice.lower().replace("++", "pp")), names(), n=1)
+            hint = f" (did you mean {near[0]!r}? the grid, such as Karras, belongs to the path)" if near else ""
+            raise ValueError(f"solver: expected one of {', '.join(names())}, or a function; got {choice!r}{hint}")
         return _SOLVERS[choice]
     if not callable(choice):
         raise TypeError(f"solver: expected a name or a function, got {type(choice).__name__}")
@@ -63,8 +67,10 @@ def clip_bounds(clip: float | tuple[float, float] | None) -> tuple[float, float]
     """(low, high) of a clip given as a bound, a pair or None; ValueError naming clip."""
     if clip is None:
         return -np.inf, np.inf
-    pair = clip if isinstance(clip, (tuple, list)) else (-clip, clip)
-    low, high = float(pair[0]), float(pair[1])
+    try:
+        low, high = map(float, clip if isinstance(clip, (tuple, list, np.ndarray)) else (-clip, clip))
+    except (TypeError, ValueError):
+        low = high = np.nan
     if not low < high:
         raise ValueError(f"clip: expected a positive bound or (low, high) with low < high, got {clip!r}")
     return low, high
@@ -90,7 +96,8 @@ def sample(
     function = resolve(solver)
     check_options(function, options)
     adapted = ArrayModel(model, path, prediction, clip_bounds(clip), dtype=x.dtype)
-    result = function(adapted, x, path, noise=noise or _global_noise(x), **options)
+    start = x.copy() if isinstance(x, np.ndarray) else x.clone()  # a solver may write to its state, not to the caller's
+    result = function(adapted, start, path, noise=noise or _global_noise(x), **options)
     # numpy promotes float32 arrays by the path's float64 scalars: more accurate in between, the caller's dtype at both
     # ends
     return result.astype(x.dtype, copy=False) if isinstance(result, np.ndarray) else result
@@ -112,7 +119,7 @@ class ArrayModel:
         self.dtype = dtype
         self.network, self.path, self.prediction, self.clip, self.before = network, path, prediction, clip, before
         self.evaluations = 0
-        self.whole = bool((path.timestep == np.round(path.timestep)).all())
+        self.whole = path.schedule.discrete and bool((path.timestep == np.round(path.timestep)).all())
 
     def __call__(self, x: Any, level: int | Level) -> Output:
         here = level if isinstance(level, Level) else self.path.level(level)
