@@ -15,7 +15,7 @@ from typing import Any
 from . import cases
 from .extras import missing, require
 
-SUITES = ("step", "sample", "accuracy")
+SUITES = ("step", "sample", "accuracy", "compile")
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (8, 16, 128, 128))
 FULL_SHAPES = (*SHAPES, (4, 4, 64, 64), (1, 16, 128, 128), (1, 4096, 64), (1, 16, 5, 60, 90))
 DTYPES = ("float32", "float16", "bfloat16")
@@ -161,7 +161,7 @@ Parts = Iterator[tuple[str, list[dict[str, Any]]]]
 def _suite(suite: str, options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
     """(number of parts, the parts) of a suite."""
     suites: dict[str, Callable[[argparse.Namespace, list[str]], tuple[int, Parts]]]
-    suites = {"step": _step, "sample": _sample, "accuracy": _accuracy}
+    suites = {"step": _step, "sample": _sample, "accuracy": _accuracy, "compile": _compile}
     return suites[suite](options, notes)
 
 
@@ -198,3 +198,9 @@ def _accuracy(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts
     if not solvers:
         notes.append(f"The suite accuracy measures {', '.join(accuracy.SOLVERS)} only")
     return len(solvers) * len(accuracy.DTYPES), accuracy.run(solvers)
+
+
+def _compile(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
+    from . import compile
+
+    return len(compile.SOLVERS), compile.run(rounds=options.rounds)

@@ -13,7 +13,13 @@ def show(console: Any, rows: Rows) -> None:
     """Every table that the rows have something for."""
     for shape, dtype in groups(rows):
         console.print(_step_table(rows, shape, dtype))
-    for table in (_speed_table(rows), _quality_table(rows), _accuracy_table(rows), _goal_table(rows)):
+    for table in (
+        _speed_table(rows),
+        _quality_table(rows),
+        _accuracy_table(rows),
+        _compile_table(rows),
+        _goal_table(rows),
+    ):
         if table is not None:
             console.print(table)
 
@@ -90,6 +96,18 @@ def _accuracy_table(rows: Rows) -> Any:
         stock = f"{here[STOCK]['rms']:.1e}" if STOCK in here else "-"
         ratio = here[SAMPLER]["ratio"]
         table.add_row(solver, dtype, f"{here[SAMPLER]['rms']:.1e}", stock, "-" if ratio is None else f"{ratio:.1f}x")
+    return table
+
+
+def _compile_table(rows: Rows) -> Any:
+    found = [row for row in rows if row["suite"] == "compile"]
+    if not found:
+        return None
+    table = _table("Compiling a plan, one core", "solver", "steps", "evaluations", "slots", "ms", "residual", "replay")
+    for row in found:
+        numbers = [str(row[name]) for name in ("steps", "evaluations", "slots")]
+        errors = [f"{row[name]:.0e}" for name in ("residual", "replay_error")]
+        table.add_row(row["solver"], *numbers, f"{row['ms']:.0f}", *errors)
     return table
 
 

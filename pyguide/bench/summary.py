@@ -103,6 +103,10 @@ def goals(rows: Rows) -> list[Goal]:
     gains = [row["ratio"] for row in rows if row["suite"] == "accuracy" and row["ratio"] is not None]
     if gains:
         found.append(Goal("16-bit models: closer to float64 than stock diffusers, worst case", 2.5, min(gains)))
+    for steps, limit in ((50, 50), (1000, 1000)):
+        times = [row["ms"] for row in rows if row["suite"] == "compile" and row["steps"] == steps]
+        if times:
+            found.append(Goal(f"{steps} steps compile, slowest solver", limit, max(times), True, " ms"))
     for row in rows:
         if "accuracy" in row and row["scale"] == 2:
             found.append(Goal(f"digits, {row['model']}: class accuracy at scale 2", 0.97, row["accuracy"], unit=""))
