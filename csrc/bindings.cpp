@@ -23,10 +23,13 @@ struct Step : Launch {
   using Launch::Launch;
   bool running = false;  // with the GIL released
 
-  // False with a Python exception set.
+  // Both: false with a Python exception set.
+  bool idle() const {
+    if (running) PyErr_SetString(PyExc_ValueError, "run: this Step is running in another thread");
+    return !running;
+  }
   bool launch(bool refresh) {
-    if (running) error = "run: this Step is running in another thread";
-    if (running || !check(refresh)) {
+    if (!check(refresh)) {
       PyErr_SetString(PyExc_ValueError, error.c_str());
       return false;
     }
@@ -62,6 +65,7 @@ PyObject* step_run(PyObject* self, PyObject* const* pointers, Py_ssize_t count) 
     data[i] = PyLong_AsVoidPtr(pointers[i]);
     if (!data[i] && PyErr_Occurred()) return nullptr;
   }
+  if (!step->idle()) return nullptr;
   for (int k = 0; count && k < args.branches; ++k) args.output[k].data = data[count == 1 ? 0 : k];
   if (!step->launch(false)) return nullptr;
   Py_RETURN_NONE;
@@ -72,14 +76,13 @@ PyObject* step_refresh(PyObject* self, PyObject*) {
     PyErr_SetString(PyExc_TypeError, "refresh: the Step was not initialised");
     return nullptr;
   }
-  if (!step->launch(true)) return nullptr;
+  if (!step->idle() || !step->launch(true)) return nullptr;
   Py_RETURN_NONE;
 }
 PyMethodDef step_methods[] = {
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step_run)), METH_FASTCALL,
      "run(*outputs): one row of every sample that is not at its end. No address: the outputs as set; one: the data of "
-     "all "
-     "outputs; K: the data of each. Raises ValueError before anything is written."},
+     "all outputs; K: the data of each. Raises ValueError before anything is written."},
     {"refresh", step_refresh, METH_NOARGS,
      "refresh(): writes again the model input and timestep of the evaluation that is due, from the current s_0."},
 };

@@ -4,13 +4,13 @@
 
 namespace pyguide {
 
-constexpr int64_t BLOCK =
-    512;  // elements: the unit of the thread split and of the L1 scratch; a multiple of 4 (Philox)
+// Elements: the unit of the thread split and of the L1 scratch; a multiple of 4 (Philox).
+constexpr int64_t BLOCK = 512;
 
 struct Kernel {
   const char* name;
-  // Elements [begin, end) of sample b, begin a multiple of BLOCK. True if a written s'_0 is not finite (only with
-  // args.check).
+  // Elements [begin, end) of sample b, begin a multiple of BLOCK. With args.check: true if a written s'_0 is
+  // not finite.
   bool (*step)(const StepArgs& args, int64_t b, int64_t begin, int64_t end, bool refresh);
   // Standard normals of elements [first, first + count) to `to` of type F32, F16, BF16 or F64.
   void (*normals)(void* to, Type type, int64_t first, int64_t count, uint64_t seed, uint32_t ordinal, uint32_t tag);

@@ -1,8 +1,9 @@
-// Counter-based noise: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and
-// normals.
+// Counter-based noise: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), normals.
 //
+// clang-format off
 //   key = seed (lo, hi), counter = (q lo, q hi, ordinal, tag), q = element / 4, lane = element % 4
 //   u = (x_even + 1/2) 2^-32, v = (x_odd + 1/2) 2^-32, r = sqrt(-2 log u), z = r cos(2 pi v), r sin(2 pi v)
+// clang-format on
 //
 // U is a vector (or one) of uint32 with +, ^ and mul_hilo; F of float. In float |z - z*| <= 4 * 2^-24 r: the uniform
 // keeps all 33 bits as an unevaluated pair, and the angle is reduced exactly in integers.
@@ -39,15 +40,14 @@ PG_INLINE void philox4x32(U c[4], uint32_t k0, uint32_t k1, int rounds = 10) {
   }
 }
 
-// Two uniforms as integers -> two normals, float. Polynomials: Cephes logf; least squares for sin and cos of
-// (pi/4) a, 0.03 * 2^-24.
+// Two uniforms as integers -> two normals, float. Polynomials: Cephes logf; for sin and cos of (pi/4) a least squares,
+// 0.03 * 2^-24.
 template <class F, class U>
 PG_INLINE void box_muller(U x, U y, F& cosine, F& sine) {
   // x + 1/2 = sum + error exactly: 24 bits, then the other 8 and the half.
   const F top = to_float_top24(x), low = to_float(x & U::set(0xff)) + F::set(0.5f);
   const F sum = top + low, error = low - (sum - top);
-  // sum = 2^e (1 + t), sqrt(1/2) <= 1 + t < sqrt(2); where u is near 1, t is all of log u and keeps its relative
-  // accuracy.
+  // sum = 2^e (1 + t), sqrt(1/2) <= 1 + t < sqrt(2). Where u is near 1, t is all of log u: its relative accuracy stays.
   const U bits = as_bits(sum) + U::set(0x3f800000u - 0x3f3504f3u), exponent = bits >> 23;
   const F e = to_float(exponent) - F::set(127.f + 32.f);
   const F scale = as_float((U::set(254) - exponent) << 23);

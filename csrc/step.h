@@ -1,13 +1,15 @@
 // The step: the one formula between two model calls, for sample b standing at its row. K branches m_k, S slots s_c of
 // which the first M are the solver's (s_0 is the noisy x) and the last Sg the guidance method's own. Per element:
 //
+// clang-format off
 //   G    = sum_k w_k m_k + sum_c o_c s_c                               guided output
 //   U    = G, or sum_k v_k m_k with the flag SEPARATE
 //   D    = clip(a_x s_0 + a_g G, lo, hi), or clamp(a_x s_0 + a_g G, -b, b) / b with a per-sample bound b != 0
 //   Sig  = 1, or exp(var_lo + (var_hi - var_lo) (v + 1) / 2)           learned variance v
-//   s'_r = sum_c T_rc s_c + d_r D + e_r U + sum_k b_rk m_k + n_r sqrt(Sig) z + q_r Sig g      solver slots r < M
-//   s'_r = h_r s_r + sum_k b_rk m_k                                                           guidance slots r >= S -
-//   Sg model input = c_in s'_0, one rounding to its type;  denoised output = D
+//   s'_r = sum_c T_rc s_c + d_r D + e_r U + sum_k b_rk m_k + n_r sqrt(Sig) z + q_r Sig g    solver slots r < M
+//   s'_r = h_r s_r + sum_k b_rk m_k                                                         guidance slots r >= S - Sg
+//   model input = c_in s'_0, one rounding to its type;  denoised output = D
+// clang-format on
 //
 // A coefficient that is exactly 0 means "not read": no product with it is formed, so its operand may be NaN or absent.
 // Row 0 (the prologue) reads no model output and no weights. Slots without coefficients are not written (slot 0 is:
@@ -78,8 +80,8 @@ struct StepArgs {
   int32_t check, threads;
 };
 
-namespace {  // every translation unit its own copy: the same name compiled for two instruction sets must never be
-             // merged
+// Every translation unit its own copy: the same name compiled for two instruction sets must never be merged.
+namespace {
 
 template <int I>
 struct Int {
@@ -248,8 +250,8 @@ PG_INLINE V row_variance(const Program<T>& p, const V& v) {
 
 // One vector of elements: m[K], s[S] as loaded; z(), g(), v() load noise, gradient and variance where they are used.
 // Calls write(r, s'_r) for every r in p.writes; D is set where p.denoised. PLAIN compiles away what most rows do not
-// have (Program::plain): without it the rare paths cost the common one its registers (2.6 times the time at K = 2, S =
-// 1).
+// have (Program::plain): without it the rare paths cost the common one its registers, 2.6 times the time at
+// K = 2, S = 1.
 template <int K, int S, bool PLAIN, class V, class T, class NOISE, class GRADIENT, class VARIANCE, class WRITE>
 PG_INLINE void step_formula(const Program<T>& p, const V* m, const V* s, const NOISE& z, const GRADIENT& g,
                             const VARIANCE& v, V& D, const WRITE& write) {
