@@ -8,6 +8,8 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 # Without the warnings: setuptools lectures on every editable install.
 PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
+# A path entry, which wins over a folder called pyguide where python is started; setuptools' finder would not.
+EDITABLE := --config-settings editable_mode=compat
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp kernels/*.h kernels/*.cu)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp kernels/*.h kernels/*.cu)
 
@@ -48,9 +50,9 @@ $(VENV)/torch.stamp:
 
 # The editable install compiles pyguide._C into the tree; a changed source or build file does it again.
 $(VENV)/bench.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) -e ".[bench]"
+	$(PIP) $(EDITABLE) -e ".[bench]"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) -e ".[dev]"
+	$(PIP) $(EDITABLE) -e ".[dev]"
 	touch $(VENV)/bench.stamp $@

@@ -12,10 +12,10 @@
 namespace pyguide {
 namespace {
 
-// Elements for each thread below which another one costs more than it saves. Measured on two Zen 4 cores: two threads
-// break even with one at 8,100 elements of a DDIM row and of a UniPC row at 6,000 (2 us), at 1,000 where normals are
-// drawn.
-constexpr int64_t ELEMENTS_PER_THREAD = 4096;
+// Elements for each thread below which another one does not pay. On two idle Zen 4 cores two threads break even at
+// 8,100 elements of a DDIM row (2 us), but at 16,000 they save 1 us at best, and where the cores have other work a
+// barrier costs a time slice: 8 ms a row at 16,000 elements with two busy neighbours, against 11 us with one thread.
+constexpr int64_t ELEMENTS_PER_THREAD = 32768;
 constexpr int64_t PHILOX_WORK = 4;
 
 struct Available {

@@ -18,10 +18,10 @@ from .version import __version__
 
 
 def __getattr__(name: str) -> object:
-    if name == "ops":  # the torch operators: registered when asked for, as they need torch
+    if name in ("ops", "training"):  # loaded when asked for: ops needs torch to register its operators
         import importlib
 
-        return importlib.import_module(".ops", __name__)
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

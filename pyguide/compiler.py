@@ -74,7 +74,13 @@ def compile(
         integer_time=path.schedule.discrete and all(level.timestep.is_integer() for level in record.levels),
         names=tuple(tuple(names) for names in rows.names),
     )
-    error, limit = _replay(plan, rows, function, path, (low, high), options)
+    try:
+        error, limit = _replay(plan, rows, function, path, (low, high), options)
+    except Exception as failure:
+        raise TraceError(
+            f"{plan.solver}: traced, but run with float64 numpy arrays it raised {type(failure).__name__}: {failure}; "
+            "coefficients are numbers or numpy scalars, noise is noise(i)"
+        ) from failure
     if not error <= limit:
         raise CertificateError(
             f"{plan.solver}: the table and the solver run in float64 differ by {error:.1e} (limit {limit:.0e}); "
@@ -199,7 +205,7 @@ def _replay(
 
         model = ArrayModel(network, path, plan.prediction, clip, before=edit)
 
-        def noise(step: int) -> Floats:
+        def noise(step: int = 0) -> Floats:
             k = next(taken)
             if k == len(draws):
                 draws.append((model.evaluations, rng.standard_normal(len(magnitude)) * magnitude))

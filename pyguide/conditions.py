@@ -63,7 +63,7 @@ def check(name: str, cond: Any, batch: int) -> None:
         elif is_array(value) and (value.ndim == 0 or value.shape[0] != batch):
             raise ValueError(
                 f"{name}[{key!r}]: expected one row per sample ({batch}), got shape {tuple(value.shape)}; "
-                "what all samples share belongs into the model: wrap a function that passes it"
+                "expand one row to all samples; what has none belongs into the model: wrap a function that passes it"
             )
 
 

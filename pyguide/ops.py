@@ -5,14 +5,15 @@ drives the packed kernel itself. Where a sample stands is data (`samples`), so o
 
     op = pyguide.ops.operands(sampler, noise, seeds=0)
     written, read = op.written, op.read
-    torch.ops.pyguide.step(*written, [], *read)                      # row 0: no model output yet
 
     @torch.compile(fullgraph=True)
-    def body():
+    def body():                                                      # op.inputs[0] holds the branches, uncond first
         torch.ops.pyguide.step(*written, [net(op.inputs[0], op.times[0])], *read)
 
-    for _ in range(sampler.plan.evaluations):
-        body()                                                       # the result is op.state[0]
+    with torch.no_grad():                                            # the step is not differentiable
+        torch.ops.pyguide.step(*written, [], *read)                  # row 0: no model output yet
+        for _ in range(sampler.plan.evaluations):
+            body()                                                   # the result is op.state[0]
 
 Registered with Library.define and impl: a call costs a third of what the custom_op decorator costs.
 """
@@ -88,9 +89,12 @@ class Operands(NamedTuple):
 def operands(sampler: Sampler, noise: Tensor, *, seeds: int | Sequence[int] | None = None) -> Operands:
     """The buffers and tables with which the operator runs a sampler's plan and guidance from `noise` [B, C, *].
 
-    The operator does what the sampler does between two model calls; the caller calls the model. `noise` is copied.
+    The operator does what the sampler does between two model calls; the caller calls the model. `noise` is copied. A
+    stochastic plan needs seeds: its rows draw their noise from them.
     Errors as in Sampler.__call__.
     """
+    if seeds is None and sampler.plan.stochastic_rows:
+        raise ValueError("seeds: the plan adds noise; expected one seed a sample, got none")
     branches = ("cond",) if sampler.guidance is None else sampler.guidance.branches
     conds: dict[str, Any] = {name: {} for name in branches}
     run = Run(sampler, noise, None, None, conds, seeds, None, None, None, events=False)

@@ -52,7 +52,8 @@ def conversion(prediction: str, level: Level, sigma_data: float = 0.5) -> Conver
         raise ValueError(f"level: a model is evaluated at sigma > 0, got sigma={sigma} (alpha={alpha})")
     if prediction in ("epsilon", "score") and alpha == 0:
         raise ValueError(
-            f"prediction: {prediction!r} does not determine the clean sample at alpha=0 (pure noise); use 'v'"
+            f"prediction: {prediction!r} does not determine the clean sample at alpha=0 (pure noise), "
+            "where only v, flow, sample and edm do"
         )
     if prediction == "epsilon":
         return Conversion(1 / alpha, -sigma / alpha, 0.0, 1.0, 1.0)

@@ -11,8 +11,7 @@ Per element, with the K branch outputs m_k, the slots s_c (s_0 is the noisy x) a
     next model input = c_in s'_0
 
 A coefficient that is exactly 0 means "not read": the operand may hold anything, NaN included. Works on numpy arrays and
-on torch tensors, in the dtype of the state. Source: DESIGN of the row form; Karras et al. 2022 for the D
-parametrisation.
+on torch tensors, in the dtype of the state. csrc/step.h has the same formula.
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ class Run:
                 raise ValueError(f"{name}: given by itself and in conds")
             given[name] = value
         unknown = set(given) - set(self.branches)
-        if unknown - {"uncond"}:  # an unconditional branch that the guidance does not run is no mistake
+        if unknown and self.sampler.guidance is None:
+            raise ValueError(f"{min(unknown)}: without guidance there is one branch, cond; give the sampler CFG(scale)")
+        if unknown:
             raise ValueError(f"conds: the branches are {', '.join(self.branches)}, got {sorted(unknown)}")
         for name, value in given.items():
             check(name, value, self.batch)

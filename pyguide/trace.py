@@ -64,7 +64,7 @@ class Form:
     def __mul__(self, other: object) -> Form:
         number = _number(other)
         if number is None:
-            kind = "the product of two states" if isinstance(other, Form) else f"a product with {type(other).__name__}"
+            kind = "the product of two states" if isinstance(other, Form) else f"a product with {_described(other)}"
             self._refuse(kind)
         if not math.isfinite(number):
             self._refuse(f"a product with {number}, which is not finite")
@@ -75,7 +75,7 @@ class Form:
     def __truediv__(self, other: object) -> Form:
         number = _number(other)
         if number is None:
-            self._refuse(f"a division by {'a state' if isinstance(other, Form) else type(other).__name__}")
+            self._refuse(f"a division by {'a state' if isinstance(other, Form) else _described(other)}")
         if number == 0 or math.isnan(number):
             self._refuse(f"a division by {'zero' if number == 0 else 'nan'}")
         return Form(self.trace, self.vector / number)
@@ -194,6 +194,13 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "true_divide": lambda a, b: a / b,
     "div": lambda a, b: a / b,
 }
+
+
+def _described(value: object) -> str:
+    """A factor that is no number; a tensor [B] of equal numbers is the usual one."""
+    shape = getattr(value, "shape", None)
+    of = f" of shape {tuple(shape)}: coefficients are numbers, the same for all samples" if shape is not None else ""
+    return f"{type(value).__name__}{of}"
 
 
 def _number(value: object) -> float | None:

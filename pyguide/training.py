@@ -54,8 +54,9 @@ def drop_two_conditions(
 
         one u_b ~ U[0, 1) per sample:  [0, p) text only | [p, 2p) both | [2p, 3p) image only | [3p, 1) none
 
-    The three cases exclude each other, so each condition is dropped with probability 2p. Guidance with `EditCFG` needs
-    the branches (null, null), (null, image) and (text, image); image alone dropped keeps the text branch usable too.
+    The three cases exclude each other, so each condition is dropped with probability 2p. Guidance of an
+    edit needs the branches (null, null), (null, image) and (text, image); image alone dropped keeps the text
+    branch usable too.
 
     Args:
         text, image: as `cond` of `drop_condition`, with the same B. Never modified.

@@ -53,7 +53,7 @@ def path_of(name: str) -> Any:
     return _PATHS[name]()
 
 
-# (solver, options, slots that DESIGN section 3 allows it, order of a row's coefficients aside)
+# (solver, options, slots that its recurrence needs, order of a row's coefficients aside)
 SOLVERS: list[tuple[str, dict[str, Any], int]] = [
     ("ddim", {}, 1),
     ("ddim", {"eta": 0.5}, 1),

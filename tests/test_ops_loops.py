@@ -92,6 +92,11 @@ def test_compiled_body_equals_eager_and_compiles_once(name, on):
         assert counter.frame_count == 1
 
 
+def test_a_stochastic_plan_needs_seeds():
+    with pytest.raises(ValueError, match=r"seeds.*got none"):
+        ops.operands(Sampler(Net(), PLANS["ancestral"]), torch.zeros(1, 4, 8, 8))
+
+
 def test_compile_reports_a_refusal():
     torch._dynamo.reset()
     _, _, op = start("ddim")

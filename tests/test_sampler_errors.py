@@ -51,7 +51,15 @@ BEFORE_THE_MODEL = {
         r"cond\['y'\].*\(2\).*\(1,\)",
     ),
     "cond twice": (lambda: Sampler(never, PLAN)(X, cond=Y, conds={"cond": Y}), ValueError, "cond.*conds"),
-    "unknown branch": (lambda: Sampler(never, PLAN)(X, conds={"negative": Y}), ValueError, "conds.*negative"),
+    "unknown branch": (
+        lambda: Sampler(never, PLAN, CFG(2.0))(X, cond=Y, uncond=Y, conds={"negative": Y}),
+        ValueError,
+        "conds.*negative",
+    ),
+    "uncond without guidance": (lambda: Sampler(never, PLAN)(X, cond=Y, uncond=Y), ValueError, "uncond.*CFG"),
+    "interval in percent": (lambda: CFG(2.0, interval=(25, 75)), ValueError, r"interval.*\[0, 1\].*25"),
+    "scale text": (lambda: CFG("5"), TypeError, "scale.*'5'"),
+    "one row for all": (lambda: Sampler(never, PLAN)(X, cond={"y": torch.zeros(1, 7)}), ValueError, "expand"),
     "cond names": (lambda: Sampler(never, PLAN, CFG(2.0))(X, cond=Y, uncond={}), ValueError, "different conditions"),
     "cond shapes": (
         lambda: Sampler(never, PLAN, CFG(2.0))(X, cond={"y": torch.zeros(2, 5)}, uncond={"y": torch.zeros(2, 6)}),

@@ -378,3 +378,18 @@ def test_a_solver_may_scale_its_noise_in_place() -> None:
     plan = pyguide.compile(solver, PATH)
     assert plan.replay_error <= 1e-12
     assert [row.n[0] for row in plan.rows[1:]] == pytest.approx([0.3] * 4)
+
+
+def test_a_solver_that_only_runs_on_symbols_is_told_why() -> None:
+    def solver(model, x, path, *, noise):
+        if isinstance(x, np.ndarray):
+            raise RuntimeError("no arrays here")
+        return model(x, 0).denoised * 0.5
+
+    with pytest.raises(TraceError, match=r"solver: traced, but run with float64 numpy arrays .* no arrays here"):
+        pyguide.compile(solver, schedules.scaled_linear().path(2))
+
+
+def test_a_solver_without_noise_is_refused_by_its_signature() -> None:
+    with pytest.raises(TypeError, match=r"solver: expected f\(model, x, path, \*, noise"):
+        pyguide.compile(lambda model, x, path: x, schedules.scaled_linear().path(2))

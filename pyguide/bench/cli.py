@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -94,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     _quiet()
     console = require("rich.console").Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = require("rich.console").Console(width=160)  # in a file nothing need be cut
     notes: list[str] = []
     rows = measure(options, console, notes)
     from . import machine, plot, report, summary

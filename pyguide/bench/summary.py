@@ -150,9 +150,10 @@ def amount(size: float) -> str:
 def paragraph(rows: Rows, notes: Sequence[str] = (), files: Sequence[str] = ()) -> str:
     """What was measured, who was faster by how much, where pyguide does not help, and what was written."""
     said: list[str] = []
+    said += _unrest(rows)
     for shape, dtype in groups(rows):
         said.append(_step_sentence(rows, shape, dtype))
-    said += _unrest(rows) + _end_to_end(rows)
+    said += _end_to_end(rows)
     gains = [row["ratio"] for row in rows if row["suite"] == "accuracy" and row["ratio"] is not None]
     if gains:
         said.append(

@@ -44,6 +44,8 @@ class Guidance(ABC):
         for name, pair in (("interval", interval), ("sigma_interval", sigma_interval)):
             if pair is not None and not (np.shape(pair) == (2,) and pair[0] <= pair[1]):
                 raise ValueError(f"{name}: expected (low, high) with low <= high, got {pair!r}")
+        if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"interval: expected fractions of the steps in [0, 1], got {interval!r}")
         self.scale: Floats | Callable[[int, int], float] = scale if callable(scale) else _finite(scale)
         self.interval, self.sigma_interval, self.space = interval, sigma_interval, space
 
@@ -78,6 +80,8 @@ class Guidance(ABC):
 
 
 def _finite(scale: Any) -> Floats:
+    if isinstance(scale, str):
+        raise TypeError(f"scale: expected a number, one per sample, or a function (step, steps), got {scale!r}")
     values = np.array(scale.tolist() if hasattr(scale, "tolist") else scale, np.float64)
     if values.ndim > 1 or not np.isfinite(values).all():
         raise ValueError(f"scale: expected a finite number, one per sample, or a function, got {scale!r}")

@@ -54,6 +54,8 @@ def resolve(choice: str | Solver) -> Solver:
 def check_options(function: Solver, options: dict[str, Any]) -> None:
     """TypeError naming the option that the solver does not have, and those that it has."""
     parameters = inspect.signature(function).parameters.values()
+    if not any(p.name == "noise" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise TypeError(f"solver: expected f(model, x, path, *, noise, **options), got f{inspect.signature(function)}")
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "noise"]
