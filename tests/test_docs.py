@@ -22,7 +22,14 @@ def unet(x, t, encoder_hidden_states):
 
 
 # what a reader of the README has at hand
-GIVEN = {"torch": torch, "np": np, "unet": unet, "prompt": torch.ones(4, 7, 16), "empty": torch.zeros(4, 7, 16)}
+GIVEN = {
+    "np": np,
+    "unet": unet,
+    "prompt": torch.ones(4, 7, 16),
+    "empty": torch.zeros(4, 7, 16),
+    "image": torch.ones(4, 4, 64, 64),
+    "mask": torch.rand(4, 4, 64, 64) < 0.5,
+}
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
@@ -36,6 +43,8 @@ def test_the_code_of_the_documents_runs(name, capsys):
         assert namespace["latents"].shape == (4, 4, 64, 64)
         assert torch.isfinite(namespace["latents"]).all()
         assert "row   25  result" in capsys.readouterr().out
+        kept = ~GIVEN["mask"]
+        assert torch.equal(namespace["filled"][kept], GIVEN["image"][kept])
 
 
 def test_the_readme_shows_both_commands():
