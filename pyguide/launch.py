@@ -36,6 +36,21 @@ class Launch:
     threads: int = 0
 
 
+class Buffers:
+    """The arrays of a run by name. A sampler keeps those of its last run: large ones cost page faults when fresh."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, tuple[Any, Array]] = {}
+
+    def array(self, name: str, shape: Sequence[int], dtype: str, like: Array) -> Array:
+        """An uninitialised array: the one of that name if it still fits, else a new one."""
+        place = (like.device, arrays.inference_mode()) if arrays.is_torch(like) else None
+        key = (tuple(shape), dtype, place)
+        if name not in self._arrays or self._arrays[name][0] != key:
+            self._arrays[name] = (key, arrays.empty(shape, dtype, like))
+        return self._arrays[name][1]
+
+
 class NativeStep:
     """Rows through `pyguide._C.Step`: one call, no allocation."""
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from . import arrays, native
 from .arrays import Array
 from .conditions import Call, Cond, Routing, check, route, stack
-from .launch import Launch, NativeStep, ReferenceStep, place_samples
+from .draws import Draws
+from .launch import Buffers, Launch, NativeStep, ReferenceStep, place_samples
 from .layout import NONFINITE, weights_width
 from .noise import check_seeds
 from .path import Level
@@ -304,77 +305,6 @@ class Run:
         out = arrays.cast(self.launch.state[0], self.dtype)
         self.sampler._spare[:] = [self.buffers]
         return out
-
-
-class Buffers:
-    """The arrays of a run by name. A sampler keeps those of its last run: large ones cost page faults when fresh."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, tuple[Any, Array]] = {}
-
-    def array(self, name: str, shape: Sequence[int], dtype: str, like: Array) -> Array:
-        """An uninitialised array: the one of that name if it still fits, else a new one."""
-        place = (like.device, arrays.inference_mode()) if arrays.is_torch(like) else None
-        key = (tuple(shape), dtype, place)
-        if name not in self._arrays or self._arrays[name][0] != key:
-            self._arrays[name] = (key, arrays.empty(shape, dtype, like))
-        return self._arrays[name][1]
-
-
-class Draws:
-    """Noise from outside for the noisy rows of a plan: supplied arrays, generators, or the global generator."""
-
-    def __init__(self, plan: Plan, like: Array, generator: Any, noises: Sequence[Array] | None) -> None:
-        self.like, self.generator = like, generator
-        self.order = {row: k for k, row in enumerate(plan.stochastic_rows)}
-        self.noises = None if noises is None else list(noises)
-        shape = tuple(like.shape)
-        if self.noises is not None:
-            if len(self.noises) != len(self.order):
-                raise ValueError(f"noises: the plan has {len(self.order)} noisy rows, got {len(self.noises)} arrays")
-            for k, z in enumerate(self.noises):
-                if type(z) is not type(like) or tuple(z.shape) != shape:
-                    got = f"{type(z).__name__} {tuple(np.shape(z))}"
-                    raise ValueError(f"noises[{k}]: expected {type(like).__name__} {shape}, got {got}")
-        several = isinstance(generator, (list, tuple))
-        if several and len(generator) != shape[0]:
-            raise ValueError(f"generator: expected one, or one per sample ({shape[0]}), got {len(generator)}")
-        for each in generator if several else [generator]:
-            _check_generator(each, like)
-
-    def fill(self, buffer: Array, row: int) -> None:
-        """Standard normals of a noisy row into buffer [B, C, *]."""
-        if self.noises is not None:
-            arrays.copy_into(buffer, self.noises[self.order[row]])
-        elif isinstance(self.generator, (list, tuple)):
-            for place, generator in zip(buffer, self.generator, strict=True):
-                arrays.copy_into(place, self._normal(tuple(place.shape), generator))
-        else:
-            arrays.copy_into(buffer, self._normal(tuple(buffer.shape), self.generator))
-
-    def _normal(self, shape: tuple[int, ...], generator: Any) -> Array:
-        if isinstance(self.like, np.ndarray):
-            source = np.random if generator is None else generator
-            return source.standard_normal(shape).astype(self.like.dtype)
-        import torch
-
-        # drawn where the generator lives and in the dtype of the noise, as diffusers draws it
-        device = self.like.device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=device, dtype=self.like.dtype).to(self.like.device)
-
-
-def _check_generator(generator: Any, like: Array) -> None:
-    if generator is None:
-        return
-    if isinstance(like, np.ndarray):
-        kinds: tuple[type, ...] = (np.random.Generator, np.random.RandomState)
-        wanted = "a numpy Generator"
-    else:
-        import torch
-
-        kinds, wanted = (torch.Generator,), "a torch.Generator"
-    if not isinstance(generator, kinds):
-        raise TypeError(f"generator: expected {wanted} for such noise, got {type(generator).__name__}")
 
 
 def check_noise(noise: Array) -> tuple[int, ...]:

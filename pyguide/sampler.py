@@ -13,8 +13,9 @@ from . import models, native
 from .arrays import Array
 from .conditions import Cond
 from .guidance import Guidance
+from .launch import Buffers
 from .plan import Plan
-from .run import Buffers, Event, Run, time_column
+from .run import Event, Run, time_column
 
 Backend = Literal["auto", "native", "triton", "reference"]
 

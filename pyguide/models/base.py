@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,7 @@ _ARGS = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
 _KWARGS = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
 
 
-class Model:
+class Model(ABC):
     """A model called as `model(x, t, **cond) -> array`: x [n, C, *], t [n], cond with leading n, nested or not.
 
     obj: what was wrapped (for a path: what was loaded).
@@ -52,8 +53,9 @@ class Model:
     def dtype(self) -> str | None:
         return None
 
+    @abstractmethod
     def __call__(self, x: Array, t: Array, /, **cond: Any) -> Array:
-        raise NotImplementedError
+        """The model's output [n, C, *] for x [n, C, *] at times t [n]."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.obj).__name__}, time={self.time!r}, channel_dim={self.channel_dim})"
