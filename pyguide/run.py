@@ -130,8 +130,8 @@ class Run:
             raise ValueError(f"conds: the branches are {', '.join(self.branches)}, got {sorted(unknown)}")
         for name, value in given.items():
             check(name, value, self.batch)
-        if len(self.branches) == 1:
-            return [given.get(self.branches[0], {})]
+        if not given or len(self.branches) == 1:  # without any, the model tells the branches apart by their place
+            return [given.get(name, {}) for name in self.branches]
         for name, used in zip(self.branches, needed, strict=True):
             if used and name not in given:
                 raise ValueError(

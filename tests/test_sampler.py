@@ -143,6 +143,15 @@ def test_scale_1_is_the_conditional_model_bit_for_bit():
     )
 
 
+def test_without_conditions_the_branches_differ_by_place():
+    def halves(x, t):
+        return torch.cat([x[:2] * 0.1, x[2:] * 0.3])  # uncond, cond
+
+    got = Sampler(halves, PLANS["ddim"], CFG(2.0))(torch.ones(2, 3, 4))
+    want = Sampler(lambda x, t: x * (2 * 0.3 - 0.1), PLANS["ddim"])(torch.ones(2, 3, 4))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
 def test_sequential_and_batched_branches_agree_bit_for_bit():
     noise = torch.randn(3, 3, 5, 5)
     for scale in (3.0, torch.tensor([1.0, 0.0, 4.0]), lambda step, steps: 1.0 + step):
