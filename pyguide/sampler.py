@@ -93,11 +93,10 @@ class Sampler:
         blend: Callable[[Event], Array] | None = None,
         callback: Callable[[Event], Any] | None = None,
     ) -> Array:
-        """Sample. noise [B, C, *]: the state at the first grid point, unit normal times `path.init_scale`; not written
-        to.
+        """Sample from noise [B, C, *], the state at the first grid point: unit normal times `path.init_scale`.
 
-        cond, uncond, conds: conditions by branch (all that are run, or none at all), mappings of names to arrays [B,
-            ...] (nested mappings too); `conds` has them by the guidance method's branch names.
+        cond, uncond, conds: conditions by branch, for all branches that are run or for none: mappings of names to
+            arrays [B, ...], or to nested mappings; `conds` has them by the guidance method's branch names.
         seeds, generator, noises: where a stochastic plan's noise comes from: one seed a sample (an integer s means s +
             b); a torch or numpy generator (or one per sample), asked once per noisy row; or the noises themselves, one
             [B, C, *] per noisy row. With none of them, torch's (numpy's) global generator.
