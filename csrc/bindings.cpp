@@ -148,7 +148,7 @@ PYBIND11_MODULE(_C, m) {
   address<const void*, &StepArgs::tables>(c, "tables", "rows of every plan, state_type");
   address<const void*, &StepArgs::weights>(c, "weights", "guidance blocks, state_type");
   address<const void*, &StepArgs::bound>(c, "bound", "[batch] of state_type, 0: the row's clip; no address: none");
-  address<Sample*, &StepArgs::samples>(c, "samples", "[batch] of pyguide.native.SAMPLE");
+  address<Sample*, &StepArgs::samples>(c, "samples", "[batch] of pyguide.layout.SAMPLE");
   branch_operand<&StepArgs::output>(c, "set_output", "model output of branch k, output_type");
   branch_operand<&StepArgs::input>(c, "set_input", "model input of branch k, input_type");
   operand<&StepArgs::gradient>(c, "set_gradient", "classifier gradient, state_type");

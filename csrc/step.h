@@ -58,7 +58,7 @@ struct Sample {
   int32_t method;    // 0: one weights block per row
   int32_t flags, reserved;
 };
-static_assert(sizeof(Sample) == 48, "mirrored by pyguide.native.SAMPLE");
+static_assert(sizeof(Sample) == 48, "mirrored by pyguide.layout.SAMPLE");
 
 struct Operand {
   void* data;

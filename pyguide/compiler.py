@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .layout import Row, Weights, join_row
+from .layout import CLIP, Row, Weights, join_row
 from .path import Floats, Level, NoisePath
 from .plan import Plan
 from .prediction import check_prediction, conversion
@@ -138,7 +138,7 @@ def _table(record: Trace, rows: Realization, prediction: str, clip: tuple[float,
         )
     out = np.array(table)
     for i, row in enumerate(out):
-        if not np.isfinite(np.delete(row, [2, 3])).all():
+        if not np.isfinite(np.delete(row, CLIP)).all():
             raise CertificateError(f"row {i}: a coefficient is not finite: {row}")
     return out
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import arrays, native, noise, reference
 from .arrays import Array
-from .layout import SAMPLE, SEPARATE, TAG_STEP, Row, row_width, split_row, split_weights, weights_width
+from .layout import NONFINITE, SAMPLE, SEPARATE, TAG_STEP, Row, row_width, split_row, split_weights, weights_width
 
 
 @dataclass
@@ -190,7 +190,7 @@ class ReferenceStep:
             if a.denoised is not None and done.denoised is not None:
                 a.denoised[b] = done.denoised
             if a.check and not bool((abs(a.state[0, b]) < np.inf).all()):
-                sample["flags"] |= 2
+                sample["flags"] |= NONFINITE
             sample["row"] += 1
             if sample["row"] < sample["end"]:
                 self._write_input(b, row)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 ABI = 1  # of the structs below and of csrc/step.h; a mismatch refuses to load
 HEAD = 8
+CLIP = slice(2, 4)  # columns of a row that may be infinite: clip_lo and clip_hi
+TIMESTEP = 5  # column of a row
 MAX_SLOTS = 8  # of a plan; the kernel takes 16, which leaves a guidance method its own
 
 SAMPLE = np.dtype(
@@ -32,7 +34,8 @@ SAMPLE = np.dtype(
 )
 SEPARATE, NONFINITE = 1, 2  # flags: U has its own weights v; a written x was not finite (set by the kernel)
 
-TAG_INITIAL, TAG_STEP, TAG_CHURN, TAG_INPAINT, TAG_USER = (0x70796700 | i for i in range(1, 6))
+# domains of the noise, the fourth word of the Philox counter; csrc/philox.h reserves three more
+TAG_INITIAL, TAG_STEP = 0x70796701, 0x70796702
 
 
 class Row(NamedTuple):

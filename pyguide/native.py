@@ -13,21 +13,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import Final
 
-from . import layout
-from .layout import ABI, HEAD, NONFINITE, SAMPLE, SEPARATE, row_width, weights_width
-
-__all__ = ["ABI", "HEAD", "NONFINITE", "SAMPLE", "SEPARATE", "TAGS", "C", "reason", "row_width", "weights_width"]
-
-# Domain tags of the counter-based noise: the fourth word of the Philox counter.
-TAGS: Final = {
-    "initial": layout.TAG_INITIAL,
-    "step": layout.TAG_STEP,
-    "churn": layout.TAG_CHURN,
-    "inpaint": layout.TAG_INPAINT,
-    "user": layout.TAG_USER,
-}
+from .layout import ABI
 
 
 def _load() -> tuple[ModuleType | None, str | None]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import HEAD, MAX_SLOTS, Row, row_width, split_row
+from .layout import CLIP, HEAD, MAX_SLOTS, TIMESTEP, Row, row_width, split_row
 from .path import Floats, Level
 
 FORMAT = 1
@@ -231,12 +231,12 @@ def _validate(plan: Plan) -> None:
             raise ValueError(f"{name}: every value must be finite, got {getattr(plan, name)}")
     if plan.names and (len(plan.names) != R + 1 or any(len(row) != M for row in plan.names)):
         raise ValueError(f"names: expected {R + 1} rows of {M} names, got {plan.names}")
-    if (plan.table[:R, 5] != plan.timestep).any():
-        raise ValueError(f"timestep: expected those of the table, {plan.table[:R, 5]}, got {plan.timestep}")
+    if (plan.table[:R, TIMESTEP] != plan.timestep).any():
+        raise ValueError(f"timestep: expected those of the table, {plan.table[:R, TIMESTEP]}, got {plan.timestep}")
     bounds = np.zeros(row_width(M), bool)
-    bounds[2:4] = True
+    bounds[CLIP] = True
     for i, row in enumerate(plan.table):
-        if not np.isfinite(row[~bounds]).all() or not row[2] < row[3]:
+        if not np.isfinite(row[~bounds]).all() or not np.less(*row[CLIP]):
             raise ValueError(f"table: row {i} has a coefficient that is not finite, or an empty clip: {row}")
     first = plan.table[0]
     if first[:2].any() or first[HEAD + M * M : HEAD + M * M + 2 * M].any():

@@ -14,6 +14,7 @@ from .arrays import Array
 from .conditions import Cond
 from .guidance import Guidance
 from .launch import Buffers
+from .layout import TIMESTEP
 from .plan import Plan
 from .run import Event, Run, time_column
 
@@ -137,7 +138,7 @@ class Sampler:
         key = (dtype, self.model.time)
         if key not in self._tables:
             table = self.plan.table.copy()
-            table[:-1, 5] = time_column(self.plan, self.model.time)
+            table[:-1, TIMESTEP] = time_column(self.plan, self.model.time)
             with np.errstate(over="ignore"):
                 rounded = table.astype(dtype)
             lost = np.isfinite(table) & ~np.isfinite(rounded)

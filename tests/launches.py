@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 
 from pyguide import native
+from pyguide.layout import SAMPLE, SEPARATE, weights_width
 
 TAG_STEP = 0x70796702
 
@@ -76,10 +77,10 @@ class Launch:
         def coefficients(*shape: int) -> np.ndarray:
             return (rng.normal(size=shape) * (rng.random(shape) < density)).astype(real)
 
-        self.samples = np.zeros(batch, native.SAMPLE)
+        self.samples = np.zeros(batch, SAMPLE)
         tables, blocks, self.rows = [], [], []
         table_offset = weights_offset = 0
-        width = native.weights_width(K, S, Sg)
+        width = weights_width(K, S, Sg)
         for i in range(batch):
             M = slots[i % len(slots)]
             rows = []
@@ -106,7 +107,7 @@ class Launch:
             self.rows.append(rows)
             s = self.samples[i]
             s["table"], s["seed"] = table_offset, rng.integers(2**64, dtype=np.uint64)
-            s["row"], s["end"], s["slots"], s["flags"] = row, row + 1 + (i % 3 != 2), M, native.SEPARATE * now.separate
+            s["row"], s["end"], s["slots"], s["flags"] = row, row + 1 + (i % 3 != 2), M, SEPARATE * now.separate
             s["method"], s["weights"] = i % 2, weights_offset
             for q in rows:
                 tables.append(np.concatenate([q.head, q.T.ravel(), q.d, q.e, q.n, q.q]))

@@ -9,13 +9,13 @@ import oracle
 import pytest
 
 from pyguide import native
+from pyguide.layout import TAG_INITIAL, TAG_STEP
 
 C: Any = native.C
 if C is None:
     pytest.skip(f"no native kernel: {native.reason}", allow_module_level=True)
 
 ISAS = C.isas()
-TAG_INITIAL, TAG_STEP = native.TAGS["initial"], native.TAGS["step"]
 
 
 @pytest.fixture(params=ISAS)

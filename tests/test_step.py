@@ -12,6 +12,7 @@ import pytest
 from launches import Launch, Tensor, address
 
 from pyguide import native
+from pyguide.layout import ABI, NONFINITE, SAMPLE, row_width, weights_width
 
 C: Any = native.C
 if C is None:
@@ -163,14 +164,14 @@ def test_identity_is_not_rewritten(isa: str) -> None:
     before = launch.state.memory.copy()
     launch.step.run()
     assert before.tobytes() == launch.state.memory.tobytes()
-    assert launch.samples["flags"][0] & native.NONFINITE == 0
+    assert launch.samples["flags"][0] & NONFINITE == 0
     x = launch.input[0].get(launch.target[0, 0]).ravel()
     assert x[5:7].tolist() == [np.inf, 1.5]  # c_in s_0
     assert np.signbit(x).sum() == 68
     launch.tables.reshape(3, -1)[0:, 8] = 2  # negative control: 2 s_0 is written
     launch.samples["row"] = 1
     launch.step.run()
-    assert launch.samples["flags"][0] & native.NONFINITE
+    assert launch.samples["flags"][0] & NONFINITE
 
 
 def test_int64_timesteps_round_to_nearest(isa: str) -> None:
@@ -204,14 +205,14 @@ def test_batch_position_does_not_change_bits(isa: str) -> None:
     def run(batch: int, at: int, offset: int, seed: int = 9) -> bytes:
         launch = Launch(0, batch=batch, inner=N, noise="philox", density=1.0, offset=offset, row=1, slots=(1,))
         only = Launch(0, batch=1, inner=N, noise="philox", density=1.0, row=1, slots=(1,))
-        width = native.row_width(1)
+        width = row_width(1)
         launch.samples[at] = only.samples[0]
         launch.samples[at]["seed"] = seed
         launch.samples[at]["method"] = 1
         launch.tables = np.concatenate([launch.tables, only.tables])
         launch.weights = np.concatenate([launch.weights, only.weights])
         launch.samples[at]["table"] = launch.tables.size - only.tables.size
-        launch.samples[at]["weights"] = launch.weights.size - native.weights_width(2, 1, 0)
+        launch.samples[at]["weights"] = launch.weights.size - weights_width(2, 1, 0)
         assert only.tables.size == 3 * width
         launch.state.view[0, at] = only.state.view[0, 0]
         for k in range(2):
@@ -231,11 +232,11 @@ def test_nonfinite_is_flagged(isa: str) -> None:
             launch = Launch(1, batch=3, inner=inner, density=1.0, check=True, row=1)
             launch.output[0].view[launch.source[1, 0], 0, inner - 1] = value
             launch.step.run()
-            assert [bool(f & native.NONFINITE) for f in launch.samples["flags"]] == [False, True, False]
+            assert [bool(f & NONFINITE) for f in launch.samples["flags"]] == [False, True, False]
     launch = Launch(1, batch=3, density=1.0, check=False, row=1)  # negative control
     launch.output[0].view[...] = np.nan
     launch.step.run()
-    assert not (launch.samples["flags"] & native.NONFINITE).any()
+    assert not (launch.samples["flags"] & NONFINITE).any()
 
 
 def test_nan_passes_through_the_clip(isa: str) -> None:
@@ -374,10 +375,10 @@ def test_sizes_and_types_are_checked() -> None:
 
 
 def test_layout_constants_match() -> None:
-    assert native.SAMPLE.itemsize == 48
-    assert native.row_width(3) == 8 + 9 + 12
-    assert native.weights_width(2, 3, 1) == 2 * 2 + 3 + 3 * 2 + 1
-    assert C.ABI == native.ABI
+    assert SAMPLE.itemsize == 48
+    assert row_width(3) == 8 + 9 + 12
+    assert weights_width(2, 3, 1) == 2 * 2 + 3 + 3 * 2 + 1
+    assert C.ABI == ABI
 
 
 def test_nothing_past_an_operand_is_touched(isa: str) -> None:
@@ -401,7 +402,7 @@ def test_nothing_past_an_operand_is_touched(isa: str) -> None:
             arrays = [guarded(n, np.float32), *(guarded(n, dtype) for _ in range(4))]
             table = np.array([1, -1, -1, 1, 1, 0, 0, 0, 0.5, 0.5, 0, 0, 0] * 3, np.float32)
             weights = np.array([-1, 2, 0, 0, 0, 0, 0] * 3, np.float32)
-            samples, route = np.zeros(1, native.SAMPLE), np.zeros(2, np.int32)
+            samples, route = np.zeros(1, SAMPLE), np.zeros(2, np.int32)
             samples["row"], samples["end"], samples["slots"] = 1, 3, 1
             step.state, step.tables, step.weights, step.samples = map(address, (arrays[0], table, weights, samples))
             step.route(address(route), address(route))
