@@ -14,7 +14,7 @@ from .path import Floats, Level, NoisePath
 from .plan import Plan
 from .prediction import check_prediction, conversion
 from .realize import Realization, realize
-from .solvers.registry import ArrayModel, Solver, check_options, clip_bounds, resolve
+from .solvers.registry import ArrayModel, Solver, clip_bounds, prepare
 from .trace import Trace, TraceError, trace
 
 MAGNITUDES = (1e-2, 1.0, 1e2)  # of the replayed states: a clamp or a branch on values shows at one of them
@@ -32,7 +32,8 @@ def compile(
 ) -> Plan:
     """Compile a sampler into a table that one kernel can run.
 
-    solver: a name from `solvers.names()`, a solver function, or a k-diffusion function f(model, x, sigmas, ...).
+    solver: a name from `solvers.names()`, an alias ("DPM++ 2M Karras", a scheduler's class name in diffusers), a solver
+        function, or a k-diffusion function f(model, x, sigmas, ...).
     path: the grid, from `Schedule.path`.
     prediction: what the network predicts: epsilon, v, sample, flow, edm or score.
     clip: bound of the predicted clean sample, a number or (low, high).
@@ -43,12 +44,10 @@ def compile(
     Raises ValueError or TypeError naming the argument, TraceError (a TypeError) naming the row for a solver that is not
     linear in its states, and CertificateError if the table does not reproduce the solver.
     """
-    if not isinstance(path, NoisePath):
-        raise TypeError(f"path: expected a NoisePath from Schedule.path(...), got {type(path).__name__}")
     check_prediction(prediction)
     low, high = clip_bounds(clip)
-    function = resolve(solver)
-    check_options(function, options)
+    run = prepare(solver, path, options)
+    function, path, options = run.function, run.path, run.options
     record = trace(function, path, clipped=clip is not None, editable=editable, **options)
     rows = realize(record, path.init_scale)
     if not rows.residual <= LIMIT:
@@ -66,7 +65,7 @@ def compile(
         steps=path.steps,
         residual=rows.residual,
         replay_error=0.0,
-        solver=solver if isinstance(solver, str) else getattr(function, "__name__", "function"),
+        solver=run.name,
         prediction=prediction,
         editable=editable,
         init_scale=path.init_scale,
@@ -211,7 +210,7 @@ def _replay(
                 draws.append((model.evaluations, rng.standard_normal(len(magnitude)) * magnitude))
             return draws[k][1].copy()
 
-        result = function(model, start.copy(), path, noise=noise, **options)
+        result = function(model, start.copy(), path.drawing(noise), noise=noise, **options)
         return [*states, result]
 
     def run() -> list[Floats]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .brownian import Brownian
 
 if TYPE_CHECKING:
     from .schedules import Schedule
@@ -38,6 +41,7 @@ class NoisePath:
     alpha, sigma, lam: [N+1] float64. timestep: [N] what the model is told at each grid point.
     init_scale: standard deviation of the state at the first grid point, as pure noise: 1 on variance-preserving and
     flow paths, the largest sigma on edm paths.
+    made: the arguments of `Schedule.path` that made it.
     """
 
     alpha: Floats
@@ -45,7 +49,9 @@ class NoisePath:
     timestep: Floats
     schedule: Schedule
     init_scale: float = 1.0
+    made: Mapping[str, Any] | None = None
     lam: Floats = field(init=False)
+    _increments: Brownian | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "sigma", "timestep"):
@@ -94,6 +100,36 @@ class NoisePath:
         if sigma == math.inf:
             raise ValueError(f"at: this schedule has no level of finite sigma at lam={lam}")
         return Level(alpha, sigma, lam, self.schedule.timestep_at(lam))
+
+    def at_timestep(self, timestep: float) -> Level:
+        """The level at which the model is told `timestep`, whole or fractional; ValueError on edm paths."""
+        alpha, sigma = self.schedule.levels_of_timesteps(np.array([timestep], np.float64))
+        return Level(float(alpha[0]), float(sigma[0]), float(log_ratio(alpha, sigma)[0]), float(timestep))
+
+    def remade(self, **changes: Any) -> NoisePath:
+        """The path that `Schedule.path` makes with some of its arguments changed."""
+        if self.made is None:
+            raise ValueError(f"path: it was built from arrays, so that {', '.join(changes)} cannot be changed")
+        return self.schedule.path(**{**self.made, **changes})
+
+    def drawing(self, noise: Callable[[int], Any]) -> NoisePath:
+        """This path for one run, whose `brownian` draws through noise(step)."""
+        ratio = np.exp(-self.lam)
+
+        def step(s: float) -> int:
+            return int(np.clip(np.searchsorted(-ratio, -s, side="right") - 1, 0, self.steps - 1))
+
+        return replace(self, _increments=Brownian(noise, step))
+
+    def brownian(self, t0: float, t1: float) -> Any:
+        """Inside a solver: (W(t1) - W(t0)) / sqrt(|t1 - t0|) of the run's Brownian motion W, a unit normal.
+
+        t0, t1: noise levels s = sigma / alpha, as k-diffusion's noise samplers take them. Increments of overlapping
+        intervals are correlated, of disjoint ones independent; new normals come from the solver's noise(i).
+        """
+        if self._increments is None:
+            raise ValueError("brownian: this path belongs to no run; a solver is given one that does")
+        return self._increments(t0, t1)
 
     def noise_at(self, x0: Any, noise: Any) -> Any:
         """alpha[0] x0 + sigma[0] noise: the state that image-to-image starts from. x0, noise: [B, C, *] arrays."""

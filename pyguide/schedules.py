@@ -47,7 +47,7 @@ class Schedule(ABC):
         """The schedule's own grid as timesteps [N]; None where it is a grid of sigmas (Karras)."""
 
     @abstractmethod
-    def _levels_of_timesteps(self, timesteps: Floats) -> tuple[Floats, Floats]:
+    def levels_of_timesteps(self, timesteps: Floats) -> tuple[Floats, Floats]:
         """(alpha, sigma) at training timesteps, fractional ones interpolated in log sigma."""
 
     @abstractmethod
@@ -86,6 +86,7 @@ class Schedule(ABC):
         final_sigma: where the last step ends: "zero" at clean data, "min" at the schedule's smallest sigma.
         Raises ValueError naming the argument.
         """
+        made = {name: value for name, value in locals().items() if name != "self"}
         if spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f'spacing: expected "leading", "trailing" or "linspace", got {spacing!r}')
         if final_sigma not in ("zero", "min"):
@@ -118,7 +119,7 @@ class Schedule(ABC):
             alpha, sigma = self._levels_of_sigmas(curve[:steps])
         else:
             assert told is not None
-            alpha, sigma = self._levels_of_timesteps(told)
+            alpha, sigma = self.levels_of_timesteps(told)
         if told is None:
             told = np.array([self.timestep_at(lam) for lam in log_ratio(alpha, sigma).tolist()])
         end = 0.0 if final_sigma == "zero" else self._sigma_range()[0]
@@ -134,6 +135,7 @@ class Schedule(ABC):
             timestep=told[begin:],
             schedule=self,
             init_scale=float(sigma[begin]) if self.exploding else 1.0,
+            made=made,
         )
 
     def _sigma_curve(self, name: str, points: int, rho: float) -> Floats:
@@ -236,7 +238,7 @@ class VariancePreserving(Schedule):
         times = np.arange(self.train_steps)[self._known]
         return float(np.interp(-lam, -self._lam[self._known], times))
 
-    def _levels_of_timesteps(self, timesteps: Floats) -> tuple[Floats, Floats]:
+    def levels_of_timesteps(self, timesteps: Floats) -> tuple[Floats, Floats]:
         _in_range("timesteps", timesteps, self.train_steps - 1)
         whole = timesteps.astype(int)
         alpha, sigma = np.sqrt(self.alphas_cumprod[whole]), np.sqrt(1.0 - self.alphas_cumprod[whole])
@@ -298,7 +300,7 @@ class Flow(Schedule):
         _in_range("sigmas", sigmas, 1.0)
         return 1.0 - sigmas, sigmas
 
-    def _levels_of_timesteps(self, timesteps: Floats) -> tuple[Floats, Floats]:
+    def levels_of_timesteps(self, timesteps: Floats) -> tuple[Floats, Floats]:
         _in_range("timesteps", timesteps, self.train_steps)
         return self._levels_of_sigmas(timesteps / self.train_steps)
 
@@ -332,7 +334,7 @@ class EDM(Schedule):
     def timestep_at(self, lam: float) -> float:
         return -lam / 4 if math.isfinite(lam) else 0.0
 
-    def _levels_of_timesteps(self, timesteps: Floats) -> tuple[Floats, Floats]:
+    def levels_of_timesteps(self, timesteps: Floats) -> tuple[Floats, Floats]:
         raise ValueError("timesteps: an edm path is given by sigmas; timesteps alone do not define it")
 
     def _levels_of_sigmas(self, sigmas: Floats) -> tuple[Floats, Floats]:

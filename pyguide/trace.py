@@ -329,7 +329,7 @@ def trace(
     """Run `solver(model, x, path, noise=..., **options)` on symbols and return the record."""
     record = Trace(path, editable=editable, clipped=clipped)
     x = record.atom("x")
-    result = solver(record.model, x, path, noise=record.noise, **options)
+    result = solver(record.model, x, path.drawing(record.noise), noise=record.noise, **options)
     if not isinstance(result, Form):
         raise TraceError(f"row {record.row}: a solver returns its final state, got {type(result).__name__}")
     if not record.inputs:

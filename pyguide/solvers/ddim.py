@@ -22,7 +22,7 @@ def ancestral_sigma(path: NoisePath, i: int, eta: float) -> float:
     return min(ahead, eta * ahead * math.sqrt(-math.expm1(2 * (path.lam[i] - path.lam[i + 1]))))
 
 
-@solver("ddim")
+@solver("ddim", order=1, source="Song, Meng, Ermon 2021, eq. 12 and 16")
 def ddim(
     model: Callable[..., Any],
     x: Any,
@@ -49,7 +49,7 @@ def ddim(
     return x
 
 
-@solver("euler")
+@solver("euler", order=1, source="Karras et al. 2022, section 3")
 def euler(model: Callable[..., Any], x: Any, path: NoisePath, *, noise: Callable[[int], Any]) -> Any:
     """x'/alpha' = x/alpha + (s' - s) (x/alpha - D) / s with s = sigma/alpha; on flow paths x' = x + (sigma' - sigma) v.
 
@@ -58,7 +58,7 @@ def euler(model: Callable[..., Any], x: Any, path: NoisePath, *, noise: Callable
     return ddim(model, x, path, noise=noise)
 
 
-@solver("euler_ancestral")
+@solver("euler_ancestral", order=1, source="k-diffusion, sample_euler_ancestral")
 def euler_ancestral(
     model: Callable[..., Any],
     x: Any,

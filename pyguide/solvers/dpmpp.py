@@ -10,7 +10,7 @@ from ..path import NoisePath
 from .registry import solver
 
 
-@solver("dpmpp_2m")
+@solver("dpmpp_2m", order=2, source="Lu et al. 2022b, algorithm 2")
 def dpmpp_2m(
     model: Callable[..., Any],
     x: Any,

@@ -11,7 +11,7 @@ from ..schedules import Flow
 from .registry import solver
 
 
-@solver("heun")
+@solver("heun", order=2, source="Karras et al. 2022, algorithm 2")
 def heun(
     model: Callable[..., Any],
     x: Any,

@@ -26,8 +26,8 @@ def is_kdiffusion(function: Callable[..., Any]) -> bool:
 def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same sampler in pyguide's contract; needs torch, and runs numpy states as torch tensors.
 
-    Its random draws, through `noise_sampler` or torch.randn_like, are noise(0), noise(1), ... in the order in which it
-    makes them. An edit of the model's input changes its x as well, as a callback of k-diffusion would.
+    Its draws by torch.randn_like are noise(0), noise(1), ... in the order in which it makes them; its `noise_sampler`
+    is `path.brownian`, which is a fresh normal wherever two calls do not overlap. An edit of the model's input changes its x as well, as a callback of k-diffusion would.
     """
     parameters = inspect.signature(function).parameters
 
@@ -52,11 +52,20 @@ def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 return draw() if func is torch.randn_like and not in_model else func(*args, **(kwargs or {}))
 
+        def on_grid(value: float) -> int | None:
+            """The grid index of a sigma, which may have been rounded to float32."""
+            near = np.flatnonzero(np.isclose(ratio, value, rtol=1e-6, atol=0.0))
+            return int(near[0]) if len(near) else None
+
+        def brownian(sigma: Any, sigma_next: Any) -> Any:
+            ends = [float(torch.as_tensor(s).reshape(-1)[0]) for s in (sigma, sigma_next)]
+            snapped = [s if (k := on_grid(s)) is None else float(ratio[k]) for s in ends]
+            return inside(path.brownian(*snapped))
+
         def denoiser(y: Any, sigma: Any, **extra: Any) -> Any:
             nonlocal in_model
             value = float(torch.as_tensor(sigma).reshape(-1)[0])
-            on_grid = np.flatnonzero(np.isclose(ratio, value, rtol=1e-6, atol=0.0))  # sigma may have been float32
-            level = path.level(int(on_grid[0])) if len(on_grid) else path.at(-np.log(value))
+            level = path.at(-np.log(value)) if (k := on_grid(value)) is None else path.level(k)
             state = y * level.alpha
             before = _value(state)
             in_model = True
@@ -69,7 +78,7 @@ def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
             return denoised
 
         if "noise_sampler" in parameters:
-            options.setdefault("noise_sampler", lambda sigma, sigma_next: draw())
+            options.setdefault("noise_sampler", brownian)
         if "disable" in parameters:
             options.setdefault("disable", True)  # k-diffusion's own progress bar
         x = inside(x) / float(path.alpha[0])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,41 +14,118 @@ from ..path import Level, NoisePath
 from ..prediction import check_prediction, conversion
 from ..reference import clamp, combine
 from ..trace import Output
+from .aliases import Alias, normalised
+from .aliases import find as find_alias
 from .kdiffusion import adapt, is_kdiffusion
 
 Solver = Callable[..., Any]
-_SOLVERS: dict[str, Solver] = {}
 
 
-def solver(*names: str) -> Callable[[Solver], Solver]:
-    """Register a solver function under its name; further names are the ones that it equals by theory."""
+@dataclass(frozen=True)
+class Entry:
+    """A registered solver.
+
+    order: of convergence with its default options, from an exact history: to the solution of the probability-flow ODE,
+    or weakly to the law of the data if it is stochastic; None for the samplers of distilled models, which converge
+    to neither. started: the same with the solver's own first steps, where that is lower. source: the paper or code.
+    """
+
+    name: str
+    function: Solver
+    order: int | None
+    started: int | None
+    source: str
+
+
+_SOLVERS: dict[str, Entry] = {}
+
+
+def solver(
+    name: str, *, order: int | None = None, started: int | None = None, source: str = ""
+) -> Callable[[Solver], Solver]:
+    """Register a solver function under its name, with what `Entry` says about it."""
 
     def register(function: Solver) -> Solver:
-        for name in names:
-            if name in _SOLVERS:
-                raise ValueError(f"solver: the name {name!r} is taken by {_SOLVERS[name].__module__}")
-            _SOLVERS[name] = function
+        if name in _SOLVERS:
+            raise ValueError(f"solver: the name {name!r} is taken by {_SOLVERS[name].function.__module__}")
+        _SOLVERS[name] = Entry(name, function, order, started if started is not None else order, source)
         return function
 
     return register
 
 
 def names() -> list[str]:
-    """The names that `pyguide.compile` and `solvers.sample` accept, sorted."""
+    """The solvers' own names, sorted; `pyguide.compile` and `solvers.sample` accept their aliases too."""
     return sorted(_SOLVERS)
 
 
+def entry(name: str) -> Entry:
+    """What is registered under a solver's own name."""
+    return _SOLVERS[name]
+
+
+def alias(name: str) -> Alias:
+    """What a name stands for: a solver's own name, its options, and the arguments of `Schedule.path` that it asks for.
+
+    >>> alias("DPM++ 2M Karras")
+    Alias(solver='dpmpp_2m', options={}, path={'sigmas': 'karras'})
+    """
+    if name in _SOLVERS:
+        return Alias(name)
+    found = find_alias(name)
+    if found is None or found.solver not in _SOLVERS:
+        near = difflib.get_close_matches(normalised(name), names(), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"solver: expected one of {', '.join(names())}, an alias, or a function; got {name!r}{hint}")
+    return found
+
+
 def resolve(choice: str | Solver) -> Solver:
-    """The solver function of a name, or a callable as it is; a k-diffusion function is adapted to the same contract."""
+    """The solver function of a name or an alias, or a callable as it is; a k-diffusion function is adapted."""
     if isinstance(choice, str):
-        if choice not in _SOLVERS:
-            near = difflib.get_close_matches(re.sub(r"\W+", "_", choice.lower().replace("++", "pp")), names(), n=1)
-            hint = f" (did you mean {near[0]!r}? the grid, such as Karras, belongs to the path)" if near else ""
-            raise ValueError(f"solver: expected one of {', '.join(names())}, or a function; got {choice!r}{hint}")
-        return _SOLVERS[choice]
+        return _SOLVERS[alias(choice).solver].function
     if not callable(choice):
         raise TypeError(f"solver: expected a name or a function, got {type(choice).__name__}")
     return adapt(choice) if is_kdiffusion(choice) else choice
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A solver with all that its name stands for: the function, its options and the path that it runs on."""
+
+    name: str
+    function: Solver
+    path: NoisePath
+    options: dict[str, Any]
+
+
+def prepare(choice: str | Solver, path: NoisePath, options: dict[str, Any]) -> Prepared:
+    """Resolve a name, with the options and the grid that come with it; errors name the argument."""
+    if not isinstance(path, NoisePath):
+        raise TypeError(f"path: expected a NoisePath from Schedule.path(...), got {type(path).__name__}")
+    function, name = resolve(choice), choice if isinstance(choice, str) else getattr(choice, "__name__", "function")
+    if isinstance(choice, str):
+        stands_for = alias(choice)
+        name, options = stands_for.solver, {**stands_for.options, **options}
+        path = _on_grid(choice, path, stands_for.path)
+    check_options(function, options)
+    return Prepared(name, function, path, options)
+
+
+def _on_grid(name: str, path: NoisePath, wanted: dict[str, Any]) -> NoisePath:
+    """The path, on the grid that an alias asks for: "DPM++ 2M Karras" turns a path that names no sigmas into Karras'.
+
+    Refused where the caller has named another grid, or has its start in use already (image-to-image).
+    """
+    made = path.made or {}
+    if all(made.get(key) == value for key, value in wanted.items()):
+        return path
+    asks = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
+    if made.get("timesteps") is not None or made.get("sigmas") is not None or path.made is None:
+        raise ValueError(f"path: {name!r} asks for {asks}, but the path was made with a grid of its own")
+    if made["strength"] != 1.0:
+        raise ValueError(f"path: {name!r} asks for {asks}; give it to path(...) itself, where noise_at starts from it")
+    return path.remade(**wanted)
 
 
 def check_options(function: Solver, options: dict[str, Any]) -> None:
@@ -95,11 +172,11 @@ def sample(
     point. noise(i): standard normal array like x, drawn in step i; default: torch's (numpy's) global generator.
     Returns the state at the end of the path, a new array. Raises ValueError or TypeError naming the argument.
     """
-    function = resolve(solver)
-    check_options(function, options)
-    adapted = ArrayModel(model, path, prediction, clip_bounds(clip), dtype=x.dtype)
+    run = prepare(solver, path, options)
+    adapted = ArrayModel(model, run.path, prediction, clip_bounds(clip), dtype=x.dtype)
     start = x.copy() if isinstance(x, np.ndarray) else x.clone()  # a solver may write to its state, not to the caller's
-    result = function(adapted, start, path, noise=noise or _global_noise(x), **options)
+    noise = noise or _global_noise(x)
+    result = run.function(adapted, start, run.path.drawing(noise), noise=noise, **run.options)
     # numpy promotes float32 arrays by the path's float64 scalars: more accurate in between, the caller's dtype at both
     # ends
     return result.astype(x.dtype, copy=False) if isinstance(result, np.ndarray) else result

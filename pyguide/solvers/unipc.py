@@ -33,7 +33,7 @@ def _weights(h: float, ratios: Sequence[float], solver_type: str) -> tuple[Float
     return np.linalg.solve(power, np.array(right)), scale
 
 
-@solver("unipc")
+@solver("unipc", order=3, started=2, source="Zhao et al. 2023, algorithms 1 and 2")
 def unipc(
     model: Callable[..., Any],
     x: Any,
