@@ -6,8 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..path import NoisePath
+from ..path import Level, NoisePath
 from .registry import solver
+
+
+def ddim_step(x: Any, D: Any, here: Level, ahead: Level) -> Any:
+    """x sigma'/sigma + D (alpha' - alpha sigma'/sigma): DDIM at eta 0, finite at pure noise and at clean data."""
+    ratio = ahead.sigma / here.sigma
+    return x * ratio + D * (ahead.alpha - here.alpha * ratio)
 
 
 def ancestral_sigma(path: NoisePath, i: int, eta: float) -> float:
