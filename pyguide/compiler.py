@@ -81,9 +81,11 @@ def compile(
             "coefficients are numbers or numpy scalars, noise is noise(i)"
         ) from failure
     if not error <= limit:
+        why = "it has a step that depends on values, or a clamp that the trace cannot see"
+        if rows.growth > 1e4:
+            why = f"on this path its state grows to {rows.growth:.0e} times the noise that it starts from, and cancels"
         raise CertificateError(
-            f"{plan.solver}: the table and the solver run in float64 differ by {error:.1e} (limit {limit:.0e}); "
-            "the solver has a step that depends on values, or a clamp that the trace cannot see"
+            f"{plan.solver}: the table and the solver run in float64 differ by {error:.1e} (limit {limit:.0e}); {why}"
         )
     object.__setattr__(plan, "replay_error", error)
     return plan
@@ -151,7 +153,9 @@ def _steps(levels: list[Level], path: NoisePath) -> np.ndarray:
     step: list[int] = []
     for k, level in enumerate(levels):
         closing = k + 1 < len(levels) and levels[k + 1].lam <= level.lam
-        if step and k and levels[k].lam <= levels[k - 1].lam:
+        if k and level.lam == levels[k - 1].lam and level.lam not in path.lam:
+            step.append(step[-1])  # a second one at the same inner level (Runge-Kutta)
+        elif k and level.lam <= levels[k - 1].lam:
             step.append(step[-1] + 1)  # it opens one at the level where the last one was closed, or above (churn)
         elif closing and step:
             step.append(step[-1])

@@ -16,6 +16,7 @@ EXTRA = {
     "safetensors": "bench",
     "sklearn": "bench",
     "ray": "ray",
+    "scipy": "scipy",
 }
 
 

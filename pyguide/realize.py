@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ from .trace import Live, Trace, TraceError
 
 WINDOW = 12
 SKETCH = 48
-TOLERANCE = 1e-11  # of a form's norm: below it a direction of the future is rounding noise
+NOISE = 1e-13  # of a form's norm: below it a direction of the future is rounding
+TOLERANCE = 1e-11  # of a form's norm: what a basis may miss of it
 GOOD_BASIS = 4.0  # coefficients of the future on a basis: up to here the first basis that fits is taken
 
 
@@ -37,7 +38,7 @@ class Candidate(NamedTuple):
     """A value that a slot may hold after a row."""
 
     key: Hashable  # what value it is, the same in every row
-    pattern: Hashable  # what it is relative to the row, the same from step to step
+    pattern: tuple[Any, ...]  # what it is relative to the row, the same from step to step
     sketch: Floats
     written: float  # largest coefficient of the row that writes it
 
@@ -53,6 +54,7 @@ class Realization:
     names: list[list[str]]  # [R+1][M] what each slot holds after the row
     draws: list[Floats]  # [R+1] z of the row = draws . (the solver's own draws in that row)
     residual: float
+    growth: float  # largest norm of a form: how far the state may outgrow what it is made of
 
 
 def realize(trace: Trace, init_scale: float = 1.0) -> Realization:
@@ -62,7 +64,7 @@ def realize(trace: Trace, init_scale: float = 1.0) -> Realization:
 
 class _Realizer:
     def __init__(self, trace: Trace, init_scale: float) -> None:
-        self.trace = trace
+        self.trace, self.init_scale = trace, init_scale
         self.R = len(trace.inputs)
         kinds = trace.atoms
         self.column = {atom: j for j, atom in enumerate(kinds) if atom[0] != "z"}
@@ -81,11 +83,14 @@ class _Realizer:
         self.directions = self._merge_noises()
         self.several = [(js, direction) for js, direction in self.directions.values() if len(js) > 1]
         rng = np.random.default_rng(0)
-        self.projection = np.eye(size) if size <= SKETCH else rng.standard_normal((size, SKETCH)) / SKETCH**0.5
+        self.projection = np.eye(size)
+        if size > SKETCH:  # x_T keeps a column of its own
+            self.projection = np.zeros((size, SKETCH))
+            self.projection[0, 0] = 1.0
+            self.projection[1:, 1:] = rng.standard_normal((size - 1, SKETCH - 1)) / SKETCH**0.5
         self.projection *= self.magnitude[:, None]
-        self.patterns: dict[
-            tuple[Hashable, ...], float
-        ] = {}  # bases found so far -> cost up to which they are taken again
+        # bases found so far -> cost up to which they are taken again
+        self.patterns: dict[tuple[tuple[Any, ...], ...], float] = {}
         self.sketches: dict[Hashable, Floats] = {}
         self.window = np.zeros((WINDOW, self.projection.shape[1]))  # sketches of the next forms, their known part
 
@@ -137,7 +142,7 @@ class _Realizer:
         self.window[: len(rows)] += rows @ self.projection[new]
 
     # ---- candidates -------------------------------------------------------------------------------------------
-    def _named(self, i: int, value: Live) -> tuple[Hashable, Hashable]:
+    def _named(self, i: int, value: Live) -> tuple[Hashable, tuple[Any, ...]]:
         """(key, pattern) of a live value: an atom or an earlier input where it is one."""
         support = np.flatnonzero(value.vector)
         if len(support) == 1 and value.vector[support[0]] == 1.0:
@@ -148,7 +153,7 @@ class _Realizer:
                 return ("input", k), ("input", i - k)
         return ("value", value.serial), ()
 
-    def _live(self, i: int) -> Iterator[tuple[Hashable, Hashable, Floats]]:
+    def _live(self, i: int) -> Iterator[tuple[Hashable, tuple[Any, ...], Floats]]:
         age = 0
         for value in reversed(self.trace.live[i]):
             if not value.vector.any() or (self.trace.editable and value.vector[self.known[i] - 1 :].any()):
@@ -160,7 +165,7 @@ class _Realizer:
                 self.sketches[key] = self.sketch(self._merged(value.vector))
             yield key, pattern, self.sketches[key]
 
-    def _natural(self, i: int) -> Iterator[tuple[Hashable, Hashable, Floats]]:
+    def _natural(self, i: int) -> Iterator[tuple[Hashable, tuple[Any, ...], Floats]]:
         for kind in ("D", "E"):
             for row in range(i - 1, max(-1, i - 6), -1):
                 if (kind, row) in self.column:
@@ -173,19 +178,19 @@ class _Realizer:
                 self.sketches["input", k] = self.sketch(self.F[k, : self.known[k]])
             yield ("input", k), ("input", i - k), self.sketches["input", k]
 
-    def _future(self, i: int, future: Floats) -> Iterator[tuple[Hashable, Hashable, Floats]]:
+    def _future(self, i: int, future: Floats) -> Iterator[tuple[Hashable, tuple[Any, ...], Floats]]:
         for j in range(i + 1, min(self.R, i + MAX_SLOTS) + 1):
             part = future[j - i] * self.norm[j]
             if self.trace.editable:  # the edit of this boundary reaches the future through slot 0 alone
                 part = part - self.F[j, self.known[i] - 1] * future[0] * self.norm[i]
             yield ("future", j, i), ("future", j - i), part
 
-    def _candidates(self, i: int, future: Floats, basis: list[Floats]) -> tuple[list[Candidate], list[Candidate]]:
-        """(live ones, the others): what can be written from the previous row's basis and is no multiple of slot 0."""
-        pools: tuple[list[Candidate], list[Candidate]] = ([], [])
+    def _candidates(self, i: int, future: Floats, basis: list[Floats]) -> list[list[Candidate]]:
+        """(live, natural, future) ones that the previous row's basis can write and that are no multiple of slot 0."""
+        pools: list[list[Candidate]] = [[], [], []]
         seen: set[Hashable] = set()
         found = []
-        for pool, source in ((0, self._live(i)), (1, self._natural(i)), (1, self._future(i, future))):
+        for pool, source in enumerate((self._live(i), self._natural(i), self._future(i, future))):
             for key, pattern, sketch in source:
                 if key not in seen:
                     seen.add(key)
@@ -195,9 +200,11 @@ class _Realizer:
         sketches = np.array([sketch for *_, sketch in found])
         size = _norms(sketches)
         written, residual = _fit(np.array(basis), sketches)
-        usable = (size > TOLERANCE * self.norm[i]) & (residual < TOLERANCE * np.maximum(size, 1e-300))
+        # the known part of a future form is judged against the whole form: near the end it is small and mostly rounding
+        whole = np.array([self.norm[i + pattern[1]] if pool == 2 else 1e-300 for pool, _, pattern, _ in found])
+        usable = (size > TOLERANCE * self.norm[i]) & (residual < TOLERANCE * np.maximum(size, whole))
         first = future[0] / _norms(future[0])
-        usable &= size - np.abs(sketches @ first) > 1e-12 * size
+        usable &= _norms(sketches - np.outer(sketches @ first, first)) > TOLERANCE * size
         largest = np.abs(written).max(axis=1).tolist()
         for k in np.flatnonzero(usable):
             pool, key, pattern, sketch = found[k]
@@ -219,29 +226,38 @@ class _Realizer:
         plain = solution * self.norm[i : i + WINDOW, None] / np.swapaxes(size, 1, 2)
         read = np.maximum(np.abs(solution), np.abs(plain)).max(axis=(1, 2))
         written = np.array([max((c.written for c in candidates), default=0.0) for candidates in chosen])
-        return np.where(residual < TOLERANCE, np.maximum(read, written), np.inf)
+        lost = np.maximum(1.0, residual / NOISE)  # nearly parallel vectors span the future, but not to the last digits
+        return np.where(residual < TOLERANCE, np.maximum(read, written) * lost, np.inf)
 
     def _state(self, i: int, basis: list[Floats]) -> list[Candidate]:
         """The candidates that slots 1 .. hold after row i, given the sketches that the row can read."""
         future = self.window[: self.R + 1 - i] / self.norm[i : i + WINDOW, None]
-        rank = int((np.linalg.svd(future, compute_uv=False) > TOLERANCE).sum())
+        rank = int((np.linalg.svd(future, compute_uv=False) > NOISE).sum())
         if rank <= 1:
             return []
-        live, others = self._candidates(i, future, basis)
-        named = {c.pattern: c for c in [*live, *others]}
+        live, natural, futures = self._candidates(i, future, basis)
+        named = {c.pattern: c for c in [*live, *natural, *futures]}
         for pattern, accepted in reversed([*self.patterns.items()]):
             if len(pattern) == rank - 1 and all(name in named for name in pattern):
                 state = [named[name] for name in pattern]
                 if self._costs(i, [state], future)[0] <= accepted:
                     self.patterns[pattern] = self.patterns.pop(pattern)  # tried first at the next row
                     return state
+        widest = max((len(pattern) for pattern in self.patterns), default=0)
         for count in range(rank - 1, MAX_SLOTS):
+            # The known part of a future form is small near the end. Before it, in a slot that is there anyway: what the
+            # solver keeps, though it says more than the rest of the run asks for.
+            searches = [(count, live), (count, [*live, *natural])]
+            if count < widest:
+                searches += [(count + 1, live), (count + 1, [*live, *natural])]
             best, cost = None, np.inf
-            for pool in (live, [*live, *others]):
-                sets = [list(s) for s in itertools.islice(itertools.combinations(pool, count), 4096)]
+            searches.append((count, [*live, *natural, *futures]))
+            for size, pool in searches:
+                margin = 0.5 if pool and pool[-1] in futures else 1.0
+                sets = [list(s) for s in itertools.islice(itertools.combinations(pool, size), 4096)]
                 costs = self._costs(i, sets, future) if sets else np.array([np.inf])
                 k = int(np.argmin(costs))
-                if costs[k] < cost:
+                if costs[k] < cost * margin:
                     best, cost = sets[k], float(costs[k])
                 if cost < GOOD_BASIS:
                     break
@@ -252,13 +268,19 @@ class _Realizer:
 
     # ---- rows -------------------------------------------------------------------------------------------------
     def _solve(self, basis: dict[Place, Floats], targets: dict[int, Floats]) -> dict[int, dict[Place, float]]:
-        """Coefficients of each target on the basis, without those at rounding level: they are exactly 0, never read."""
-        places, vectors = list(basis), np.array(list(basis.values()))
-        size = _norms(vectors)
-        solved, rows = {}, np.array(list(targets.values()))
+        """Coefficients of each target on the basis, without those at rounding level: they are exactly 0, never read.
+
+        Each atom is weighed to be 1 at its largest: of x_T little is left near the end, of D much from the start, and
+        both determine their coefficients to the last digits.
+        """
+        places, vectors, rows = list(basis), np.array(list(basis.values())), np.array(list(targets.values()))
+        largest = np.abs(vectors).max(axis=0)
+        weight = 1.0 / np.maximum(largest, 1e-8 * largest.max())
+        vectors, rows = vectors * weight, rows * weight
+        size, solved = _norms(vectors), {}
         first, _ = _fit(vectors, rows)
         limits = 1e-13 * _norms(rows)
-        for (slot, target), coefficients, limit in zip(targets.items(), first, limits, strict=True):
+        for slot, target, coefficients, limit in zip(targets, rows, first, limits, strict=True):
             used = np.arange(len(places))
             while not (kept := np.abs(coefficients) * size[used] > limit).all():
                 used = used[kept]
@@ -325,7 +347,7 @@ class _Realizer:
         names = [["x", *(_label(c) for c in state), *[""] * (slots - 1 - len(state))] for state in states]
         draws = [self.directions[i][1] if i in self.directions else np.zeros(0) for i in range(self.R + 1)]
         d, e, n = vectors
-        done = Realization(T, d, e, n, names, draws, 0.0)
+        done = Realization(T, d, e, n, names, draws, 0.0, float(self.norm.max()) / self.init_scale)
         done.residual = self._residual(done)
         return done
 

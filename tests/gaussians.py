@@ -51,11 +51,19 @@ def path_of_ratios(kind: str, s: Any) -> NoisePath:
 
 
 def network_of(path: NoisePath, denoise: Any = denoiser) -> Any:
-    """The exact denoiser as a network that predicts x0; Heun evaluates it at the end point too."""
+    """The exact denoiser as a network that predicts x0, at grid points and between them; Heun asks at the end too."""
     levels = dict(zip([*path.timestep, path.level(path.steps).timestep], zip(path.alpha, path.sigma)))
 
+    def level(t: float) -> tuple[float, float]:
+        if t in levels:
+            return levels[t]
+        if path.schedule.exploding:  # told c_noise = log(sigma) / 4
+            return 1.0, math.exp(4 * t)
+        inner = path.at_timestep(t)
+        return inner.alpha, inner.sigma
+
     def network(x: Any, t: Any) -> Any:
-        alpha, sigma = levels[float(np.ravel(t)[0])]
+        alpha, sigma = level(float(np.ravel(t)[0]))
         # at alpha = 0 the input says nothing: the mean of the data
         return denoise(x / alpha, sigma / alpha) if alpha > 0 else np.full(np.shape(x), float(SHARES @ MEANS))
 

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 import pyguide
-from pyguide import schedules
+from pyguide import schedules, solvers
+from pyguide.layout import MAX_SLOTS
+from pyguide.trace import trace
 
 STEPS = 7
 PREDICTIONS = ("epsilon", "v", "sample", "flow", "edm", "score")
@@ -53,18 +55,45 @@ def path_of(name: str) -> Any:
     return _PATHS[name]()
 
 
-# (solver, options, slots that its recurrence needs, order of a row's coefficients aside)
-SOLVERS: list[tuple[str, dict[str, Any], int]] = [
+# (solver, options, slots that its recurrence needs; two numbers where edits between rows need one more)
+Slots = int | tuple[int, int]
+LISTED: list[tuple[str, dict[str, Any], Slots]] = [
     ("ddim", {}, 1),
     ("ddim", {"eta": 0.5}, 1),
     ("ddim", {"eta": 1.0, "use_clipped_model_output": True}, 1),
+    ("ddpm", {}, 1),
+    ("ddpm", {"variance": "large"}, 1),
     ("euler", {}, 1),
+    ("euler", {"s_churn": 4.0, "s_tmin": 0.1, "s_noise": 1.002}, 1),
     ("euler_ancestral", {}, 1),
     ("euler_ancestral", {"eta": 0.4, "s_noise": 1.1}, 1),
     ("heun", {}, 2),
     ("heun", {"s_churn": 3.0, "s_noise": 1.003, "s_tmax": 50.0}, 2),
+    ("dpm2", {}, 2),
+    ("dpm2", {"s_churn": 3.0, "s_tmin": 0.1}, 2),
+    ("dpm2_ancestral", {}, 2),
+    ("dpmpp_1", {}, 1),
     ("dpmpp_2m", {}, 2),
-    ("dpmpp_2m", {"lower_order_final": True}, 2),
+    ("dpmpp_2m", {"lower_order_final": True, "solver_type": "heun"}, 2),
+    ("dpmpp_3m", {}, 3),
+    ("dpmpp_3m", {"lower_order_final": True}, 3),
+    ("dpmpp_2s", {}, 2),
+    ("dpmpp_2s", {"inner": "grid", "solver_type": "heun"}, 2),
+    ("dpmpp_3s", {}, (2, 3)),
+    ("dpmpp_3s", {"inner": "grid", "lower_order_final": True}, (2, 3)),
+    ("dpmpp_2s_ancestral", {}, 2),
+    ("dpmpp_sde", {}, 2),
+    ("dpmpp_sde", {"eta": 0.5, "r": 0.4, "s_noise": 1.01}, 2),
+    ("dpmpp_2m_sde", {}, 2),
+    ("dpmpp_2m_sde", {"solver_type": "heun", "eta": 0.4}, 2),
+    ("dpmpp_3m_sde", {}, 3),
+    ("dpm_solver_1", {}, 1),
+    ("dpm_solver_2m", {}, 2),
+    ("dpm_solver_2m", {"solver_type": "heun", "lower_order_final": True}, 2),
+    ("dpm_solver_3m", {}, 3),
+    ("dpm_solver_2m_sde", {}, 2),
+    ("dpm_solver_2s", {}, 2),
+    ("dpm_solver_3s", {}, (2, 3)),
     ("unipc", {}, 3),
     ("unipc", {"order": 1}, 2),
     ("unipc", {"order": 1, "corrector": False}, 1),
@@ -73,23 +102,49 @@ SOLVERS: list[tuple[str, dict[str, Any], int]] = [
     ("unipc", {"order": 3}, 4),
     ("unipc", {"order": 3, "solver_type": "bh1", "lower_order_final": False}, 4),
     ("unipc", {"order": 3, "corrector": False}, 3),
+    ("unipc", {"predict_x0": False, "disable_corrector": (0, 3)}, 3),
+    ("deis", {}, 2),
+    ("deis", {"order": 3}, 3),
+    ("lms", {}, 4),
+    ("lms", {"order": 2}, 2),
+    ("plms", {}, 4),
+    ("pndm", {}, (5, 6)),
+    ("ipndm", {}, 4),
+    ("sa_solver", {}, 3),
+    ("sa_solver", {"predictor_order": 3, "corrector_order": 4, "tau": 0.5}, 4),
+    ("lcm", {}, 1),
+    ("lcm", {"timestep_scaling": None}, 1),
+    ("tcd", {}, 1),
 ]
+# a solver that is registered and not listed is certified with its defaults, whatever slots it takes
+SOLVERS = LISTED + [(name, {}, MAX_SLOTS) for name in solvers.names() if name not in {case[0] for case in LISTED}]
 
 
-def case_name(case: tuple[str, dict[str, Any], int]) -> str:
+def slots_of(case: tuple[str, dict[str, Any], Slots], editable: bool) -> int:
+    return case[2] if isinstance(case[2], int) else case[2][editable]
+
+
+def case_name(case: tuple[str, dict[str, Any], Slots]) -> str:
     return "-".join([case[0], *(f"{k}={v}" for k, v in case[1].items())])
 
 
 def undefined(path: Any, solver: str, options: dict[str, Any], prediction: str) -> bool:
-    """Combinations that theory rules out: epsilon and score say nothing about x0 at alpha = 0; sigma / alpha is
-    infinite there; churn adds noise without scaling the data, which a flow path cannot."""
+    """Combinations that theory rules out: epsilon and score say nothing about x0 at alpha = 0; churn adds noise without
+    scaling the data, which a flow path cannot. A solver that is not listed may refuse pure noise too."""
     at_noise = bool(path.alpha[0] == 0)
     flow = bool(np.allclose(path.alpha + path.sigma, 1))
-    return (
-        (at_noise and prediction in ("epsilon", "score"))
-        or (at_noise and not flow and solver == "heun")
-        or (flow and "s_churn" in options)
+    listed = any(solver == case[0] for case in LISTED)
+    return (at_noise and (prediction in ("epsilon", "score") or (not listed and _refuses(solver, path)))) or (
+        flow and "s_churn" in options
     )
+
+
+def _refuses(solver: str, path: Any) -> bool:
+    try:
+        trace(solvers.resolve(solver), path)
+    except ValueError as error:
+        return str(error).startswith("path: ")
+    return False
 
 
 # ---- a random network, and what it is told ---------------------------------------------------------------------------
@@ -149,6 +204,7 @@ class Run:
     inputs: list[Any] = field(default_factory=list)  # x at each evaluation, edits included
     draws: dict[int, list[Any]] = field(default_factory=dict)  # row -> the solver's draws
     result: Any = None
+    condition: float = 0.0  # of a table's rows: largest |coefficient| times sum |operands| over |next x|, the largest
 
 
 def run_solver(
@@ -184,7 +240,7 @@ def run_solver(
         run.draws.setdefault(len(run.inputs), []).append(z)
         return z.copy()
 
-    run.result = function(model, network.start * path.init_scale, path, noise=noise, **options)
+    run.result = function(model, network.start * path.init_scale, path.drawing(noise), noise=noise, **options)
     return run
 
 
@@ -252,7 +308,11 @@ def run_table(plan: Any, network: Any, draws: dict[int, list[Any]], start: Any, 
         new = list(slots)
         for r in row.writes:
             operands = [*slots, D, m, z, nan]
-            new[r] = sum((c * v for c, v in zip(row.coefficients[r], operands) if c != 0), np.zeros_like(start))
+            read = [(c, v) for c, v in zip(row.coefficients[r], operands) if c != 0]
+            new[r] = sum((c * v for c, v in read), np.zeros_like(start))
+            for part in np.split(np.arange(len(start)), network.parts) if r == 0 else ():
+                size = max(abs(c) for c, _ in read) * sum(np.abs(v[part]).max() for _, v in read)
+                run.condition = max(run.condition, float(size / np.abs(new[0][part]).max()))
         slots = new
         if i < plan.evaluations:
             if edits is not None:
@@ -264,8 +324,12 @@ def run_table(plan: Any, network: Any, draws: dict[int, list[Any]], start: Any, 
 
 
 def replay_error(plan: Any, run: Run, network: Network, path: Any, edited: bool) -> float:
-    """Largest relative distance of the table from a run of the solver, over every model input and the result."""
+    """Largest relative distance of the table from a run of the solver, over every model input and the result.
+
+    `run.condition`: what the rows make of coefficients that are solved for to the rounding of the largest one.
+    """
     table = run_table(plan, network, run.draws, network.start * path.init_scale, network.edits if edited else None)
+    run.condition = table.condition
     pairs = zip([*table.inputs, table.result], [*run.inputs, run.result])
     assert len(table.inputs) == len(run.inputs)
     return max(network.distance(a, b) for a, b in pairs)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from samplers import (
     CLIPS,
+    LISTED,
     PATHS,
     PREDICTIONS,
     SOLVERS,
@@ -20,6 +22,7 @@ from samplers import (
     replay_error,
     rounding,
     run_solver,
+    slots_of,
     table_rows,
     undefined,
 )
@@ -29,6 +32,20 @@ from pyguide import CertificateError, compiler, realize, schedules, solvers
 from pyguide.trace import trace
 
 EXACT = 1e-12  # what the issue asks of plan against solver in float64
+STOCHASTIC = ("ddpm", "euler_ancestral", "dpm2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde")
+STOCHASTIC += ("dpmpp_3m_sde", "dpm_solver_2m_sde", "sa_solver", "lcm", "tcd")
+# what extrapolates or works with E = (x - alpha D) / sigma, whose own weights are larger near clean data
+LARGER = (
+    "dpm2_ancestral",
+    "dpmpp_sde",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
+    "dpm_solver_3m",
+    "dpm_solver_2m_sde",
+    "deis",
+    "lms",
+)
+LARGER += ("pndm", "sa_solver")
 
 
 @pytest.mark.parametrize("case", SOLVERS, ids=case_name)
@@ -36,57 +53,64 @@ EXACT = 1e-12  # what the issue asks of plan against solver in float64
 def test_every_sampler_is_reproduced(path_name: str, case: Any) -> None:
     """Both certificates, the slots of the design, and a second replay with another network, seed, magnitudes and code.
 
-    The bound is 1e-12. Where a network that is no denoiser makes D far larger than x (epsilon at sigma / alpha = 2e4)
-    or Heun's first step on a cosine schedule does, the bound is what rounding allows: 32 times the response of the
-    solver itself to one ulp in the network's inputs and outputs, or 16 roundings of the largest coefficient.
+    The bound is 1e-12, or, where that is more, what rounding allows: the operations of a row, at least 32, times the
+    response of the solver itself to one ulp in its network's inputs and outputs (epsilon at sigma / alpha = 2e4, Heun's
+    first step on a cosine schedule) or times a rounding of the largest coefficient; 64 roundings of a row's largest
+    coefficient on all that it reads; 32 residuals.
     """
-    (solver, options, slots), path = case, path_of(path_name)
+    (solver, options, _), path = case, path_of(path_name)
     function, network = solvers.resolve(solver), Network(seed=11)
     for k, prediction in enumerate(PREDICTIONS):
         # every clip and both values of editable meet every solver, path and prediction over the table
         turn = k + PATHS.index(path_name) + SOLVERS.index(case)
         clip, edited = CLIPS[turn % 3], turn // 3 % 2 == 0
+        compiling = partial(pyguide.compile, solver, path, prediction=prediction, clip=clip, editable=edited, **options)
         if undefined(path, solver, options, prediction):
-            with pytest.raises(ValueError, match=r"alpha|s_churn"):
-                pyguide.compile(solver, path, prediction=prediction, clip=clip, editable=edited, **options)
+            with pytest.raises(ValueError, match=r"^(path|s_churn|prediction):"):
+                compiling()
             continue
-        plan = pyguide.compile(solver, path, prediction=prediction, clip=clip, editable=edited, **options)
+        plan = compiling()
         assert plan.residual <= EXACT
-        assert plan.slots <= slots, (prediction, clip, edited)
+        assert plan.slots <= slots_of(case, edited), (prediction, clip, edited)
         run = run_solver(function, path, network, prediction, clip, edited, options)
         limit = EXACT
         error = replay_error(plan, run, network, path, edited)
         if max(error, plan.replay_error) > EXACT:
             similar = Network(0, 16, compiler.MAGNITUDES)
-            limit = max(limit, 16 * 2.0**-53 * np.abs(np.delete(plan.table, [2, 3, 5], axis=1)).max())
+            operations = 2 * plan.slots * (plan.slots + 4)  # of a row
+            limit = max(limit, operations * 2.0**-53 * np.abs(np.delete(plan.table, [2, 3, 5], axis=1)).max())
+            limit = max(limit, 32 * plan.residual, 64 * 2.0**-53 * run.condition)
             for net in (network, similar):
                 run = run_solver(function, path, net, prediction, clip, edited, options)
-                limit = max(limit, 32 * rounding(run, function, path, net, prediction, clip, edited, options))
-        assert error <= limit, (prediction, clip, edited)
-        assert plan.replay_error <= limit, (prediction, clip, edited)
+                limit = max(
+                    limit, max(32, operations) * rounding(run, function, path, net, prediction, clip, edited, options)
+                )
+        assert error <= limit, (prediction, clip, edited, error, limit, plan.replay_error)
+        assert plan.replay_error <= limit, (prediction, clip, edited, plan.replay_error, limit)
         assert plan.evaluations == len(run.inputs)
 
 
-@pytest.mark.parametrize("case", SOLVERS, ids=case_name)
+@pytest.mark.parametrize("case", LISTED, ids=case_name)
 def test_slots_are_those_of_the_design(case: Any) -> None:
     """Equality, where the run is long enough for the highest order: fewer would contradict realisation theory."""
-    solver, options, slots = case
+    solver, options, _ = case
     for schedule in (schedules.linear(), schedules.cosine(), schedules.flow(3.0), schedules.edm()):
         path = schedule.path(14)
         if not undefined(path, solver, options, "v"):
             for editable in (False, True):
-                assert pyguide.compile(solver, path, prediction="v", editable=editable, **options).slots == slots
+                plan = pyguide.compile(solver, path, prediction="v", editable=editable, **options)
+                assert plan.slots == slots_of(case, editable)
 
 
 @pytest.mark.parametrize("case", SOLVERS, ids=case_name)
 @pytest.mark.parametrize("clip", CLIPS)
 def test_edits_between_rows(case: Any, clip: Any) -> None:
     """An edit of x at every boundary is answered as by the solver whose x is changed in place; at no cost in slots."""
-    solver, options, slots = case
+    solver, options, _ = case
     path, network = path_of("scaled-leading"), Network(seed=5)
     plan = pyguide.compile(solver, path, prediction="v", clip=clip, editable=True, **options)
     run = run_solver(solvers.resolve(solver), path, network, "v", clip, True, options)
-    assert plan.slots <= slots
+    assert plan.slots <= slots_of(case, True)
     assert replay_error(plan, run, network, path, True) <= EXACT
     assert plan.editable
 
@@ -120,25 +144,28 @@ def test_edits_are_seen_by_the_certificate(solver: str, options: dict[str, Any])
     ids=["linear", "trailing", "karras", "cosine", "flow", "flow-3", "edm"],
 )
 def test_coefficients_stay_near_one(path: Any, editable: bool) -> None:
-    """T and d of every solver, in data units (x, D), are at most 5 at 30 steps.
+    """T and d of every solver, in data units (x, D), are at most 5 at 30 steps, and 32 where the method's are large.
 
     A coefficient c costs c roundings of its operand, and all operands have the size of the data or of the noisy x: with
-    5 the terms of a row are a few times its result, so that float32 costs less than one decimal digit. UniPC's B(h) =
-    -h (bh1) is large by definition in a long last step, where bh2's expm1(-h) is at most 1: 16 there.
+    5 the terms of a row are a few times its result, so that float32 costs less than one decimal digit. Third
+    differences over a long last step, E of a small sigma, and UniPC's B(h) = -h (bh1), where bh2's expm1(-h) is at most
+    1, are large by definition. The parity tests bound what float32 makes of them.
     """
-    for solver, options, _ in SOLVERS:
+    for solver, options, _ in LISTED:
         if undefined(path, solver, options, "v"):
             continue
         plan = pyguide.compile(solver, path, prediction="v", editable=editable, **options)
+        large = solver in LARGER or options.get("solver_type") == "bh1" or options.get("predict_x0") is False
         for i, row in enumerate(table_rows(plan)):
             largest = max(np.abs(row.T).max(), np.abs(row.d).max())
-            assert largest <= (16 if options.get("solver_type") == "bh1" else 5), (solver, options, i, largest)
+            assert largest <= (32 if large else 5), (solver, options, i, largest)
 
 
 def test_no_noise_no_n_and_unused_heads() -> None:
     for case in SOLVERS:
         plan = pyguide.compile(case[0], path_of("scaled-leading"), **case[1])
-        stochastic = case[0] == "euler_ancestral" or case[1].get("eta", 0) > 0 or "s_churn" in case[1]
+        noisy = case[0] in STOCHASTIC if "eta" not in case[1] else case[1]["eta"] > 0
+        stochastic = noisy or "s_churn" in case[1]
         rows = table_rows(plan)
         assert any(row.n.any() for row in rows) == stochastic
         assert plan.stochastic_rows == tuple(i for i, row in enumerate(rows) if row.n.any())
@@ -164,11 +191,18 @@ def test_table_head_holds_clip_and_input_scale() -> None:
             assert row.head[5] == pytest.approx(math.log(path.sigma[i]) / 4, rel=1e-15)
 
 
-def test_last_row_of_ddim_is_the_clean_sample() -> None:
-    """To sigma = 0 every solver here returns D: T = 0 exactly, so x may hold anything."""
-    for solver, options, _ in SOLVERS:
+def test_last_row_to_clean_data_is_the_clean_sample() -> None:
+    """To sigma = 0 they return D: T = 0 exactly, so x may hold anything.
+
+    Not the ones whose variable is sigma / alpha, in which the last step has a history like any other, nor UniPC on the
+    noise, whose corrector moves x after E was taken, nor lcm, whose boundary condition keeps some of x.
+    """
+    for solver, options, _ in LISTED:
+        own_variable = solver in ("deis", "lms", "ipndm", "plms", "pndm") or options.get("predict_x0") is False
+        if own_variable or (solver == "lcm" and not options):
+            continue
         row = table_rows(pyguide.compile(solver, path_of("linear-leading"), prediction="sample", **options))[-1]
-        assert row.d[0] == 1
+        assert row.d[0] == 1, (solver, options)
         assert not row.T.any()
         assert row.head[0] == 0  # a sample prediction does not read x either
 
@@ -283,7 +317,7 @@ def test_work_grows_linearly(monkeypatch: Any, solver: str, options: Any, editab
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 1000])
 def test_from_one_step_to_a_thousand(steps: int) -> None:
-    for solver, options, slots in [SOLVERS[1], SOLVERS[10]]:
+    for solver, options, slots in [("ddim", {"eta": 0.5}, 1), ("unipc", {}, 3)]:
         plan = pyguide.compile(solver, schedules.linear().path(steps), prediction="v", clip=1.0, **options)
         assert plan.evaluations == steps
         assert plan.slots <= min(slots, steps)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+
+from pyguide import solvers
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,19 +37,48 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_the_code_of_the_documents_runs(name, capsys):
-    found = blocks(name)
-    assert found, f"{name} has no code block"
+def test_the_code_of_the_readme_runs(capsys):
     namespace: dict[str, Any] = dict(GIVEN)
-    for block in found:
-        exec(compile(block, name, "exec"), namespace)
-    if name == "README.md":
-        assert namespace["latents"].shape == (4, 4, 64, 64)
-        assert torch.isfinite(namespace["latents"]).all()
-        assert "row   25  result" in capsys.readouterr().out
-        kept = ~GIVEN["mask"]
-        assert torch.equal(namespace["filled"][kept], GIVEN["image"][kept])
+    for block in blocks("README.md"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["latents"].shape == (4, 4, 64, 64)
+    assert torch.isfinite(namespace["latents"]).all()
+    assert "row   25  result" in capsys.readouterr().out
+    kept = ~GIVEN["mask"]
+    assert torch.equal(namespace["filled"][kept], GIVEN["image"][kept])
+
+
+def test_adding_a_solver_touches_one_file(tmp_path):
+    """The file that CONTRIBUTING shows, put into a copy of the tree: everything that is general picks it up."""
+    for folder in ("pyguide", "tests", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (file,) = blocks("CONTRIBUTING.md")
+    (tmp_path / "pyguide" / "solvers" / "ralston.py").write_text(file)
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": "."}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    found = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_orders.py", "tests/test_compile.py", "-k", "ralston"
+    )
+    passed = re.search(r"(\d+) passed", found)
+    assert passed, found
+    assert int(passed[1]) > 30, found
+    run("docs/make.py", "ralston")
+    assert "| [ralston](#ralston) | 2 | 2 | 2 |" in (tmp_path / "docs" / "solvers.md").read_text()
+    assert (tmp_path / "docs" / "solvers" / "ralston.png").stat().st_size > 5000
+
+
+def test_the_page_of_solvers_is_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("make", ROOT / "docs" / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    assert make.PAGE.read_text() == make.page(), "python docs/make.py --page"
+    assert {file.stem for file in make.PLOTS.glob("*.png")} == set(solvers.names())
 
 
 def test_the_readme_shows_both_commands():

@@ -17,6 +17,7 @@ VP = {
     "linear": schedules.linear(),
     "scaled_linear": schedules.scaled_linear(),
     "cosine": schedules.cosine(),
+    "sigmoid": schedules.sigmoid(),
     "given": schedules.from_alphas_cumprod(np.linspace(0.999, 0.01, 400)),
 }
 ALL = VP | {"zero": schedules.scaled_linear(zero_snr=True), "flow": schedules.flow(3.0), "edm": schedules.edm()}
@@ -50,14 +51,24 @@ def test_cosine_telescopes_to_its_closed_form() -> None:
     assert got[-1] == pytest.approx(got[-2] * 0.001, rel=1e-9)
 
 
+def test_sigmoid_is_the_product_of_geodiff() -> None:
+    beta = [1e-4 + (0.02 - 1e-4) / (1 + math.exp(6 - 12 * t / 999)) for t in range(1000)]
+    expected = [math.exp(math.fsum(math.log1p(-b) for b in beta[: t + 1])) for t in range(1000)]
+    np.testing.assert_allclose(cumulative(schedules.sigmoid()), expected, rtol=1e-12)
+
+
 def test_custom_ranges() -> None:
     path = schedules.linear(0.1, 0.5, train_steps=3).path(3)
     np.testing.assert_allclose(path.alpha**2, [0.9 * 0.7 * 0.5, 0.9 * 0.7, 0.9, 1.0], rtol=1e-15)
     path = schedules.scaled_linear(0.04, 0.16, train_steps=3).path(3)  # roots 0.2 0.3 0.4
     np.testing.assert_allclose(path.alpha[:-1] ** 2, [0.96 * 0.91 * 0.84, 0.96 * 0.91, 0.96], rtol=1e-14)
+    beta = [0.1 + 0.4 / (1 + math.exp(u)) for u in (6, 0, -6)]
+    np.testing.assert_allclose(
+        cumulative(schedules.sigmoid(3, start=0.1, end=0.5)), np.cumprod(1 - np.array(beta)), rtol=1e-14
+    )
 
 
-@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "sigmoid"])
 def test_zero_terminal_snr(name: str) -> None:
     """Lin et al. 2024, algorithm 1: the last alpha is exactly 0, the first is kept, the roots move affinely."""
     plain, zero = cumulative(VP[name]) ** 0.5, cumulative(getattr(schedules, name)(zero_snr=True)) ** 0.5
@@ -66,6 +77,14 @@ def test_zero_terminal_snr(name: str) -> None:
     np.testing.assert_allclose(zero, (plain - plain[-1]) * plain[0] / (plain[0] - plain[-1]), atol=1e-14)
     path = getattr(schedules, name)(zero_snr=True).path(4, spacing="trailing")
     assert (path.alpha[0], path.sigma[0], path.lam[0], path.timestep[0]) == (0, 1, -math.inf, 999)
+
+
+def test_zero_terminal_snr_of_a_given_table() -> None:
+    """Roots 0.9, 0.7, 0.5, 0.1 less 0.1, times 0.9 / 0.8; a table that ends at 0 has nothing to be moved."""
+    got = cumulative(schedules.from_alphas_cumprod([0.81, 0.49, 0.25, 0.01], zero_snr=True))
+    np.testing.assert_allclose(got, np.array([0.9, 0.675, 0.45, 0]) ** 2, rtol=1e-14)
+    kept = cumulative(schedules.from_alphas_cumprod(got, zero_snr=True))
+    np.testing.assert_allclose(kept, got, rtol=1e-15)
 
 
 @pytest.mark.parametrize("name", VP)
@@ -223,21 +242,6 @@ def test_explicit_timesteps() -> None:
     np.testing.assert_array_equal(schedules.flow().path(timesteps=[1000, 400]).sigma, [1, 0.4, 0])
 
 
-def test_explicit_sigmas() -> None:
-    for values in ([5.0, 1.0, 0.2], [5.0, 1.0, 0.2, 0.0]):  # a trailing 0 is the end point
-        path = VP["linear"].path(sigmas=values)
-        np.testing.assert_allclose(path.sigma / path.alpha, [5, 1, 0.2, 0], rtol=1e-14)
-        np.testing.assert_array_equal(schedules.edm().path(sigmas=values).sigma, [5, 1, 0.2, 0])
-    np.testing.assert_allclose(schedules.flow().path(sigmas=[0.9, 0.3]).sigma, [0.9, 0.3, 0], rtol=1e-15)
-    assert schedules.edm().path(sigmas=[5.0, 1.0]).init_scale == 5.0
-
-
-def test_timesteps_beside_sigmas_are_only_told() -> None:
-    path = schedules.edm().path(sigmas=[5.0, 1.0], timesteps=[7, 3])
-    np.testing.assert_array_equal(path.timestep, [7, 3])
-    np.testing.assert_array_equal(path.sigma, [5, 1, 0])
-
-
 @pytest.mark.parametrize(("strength", "left"), [(1.0, 10), (0.75, 7), (0.3, 3), (0.1, 1)])
 def test_strength(strength: float, left: int) -> None:
     for schedule in ALL.values():
@@ -325,9 +329,7 @@ LINEAR, FLOW, EDM = VP["linear"], ALL["flow"], ALL["edm"]
         *[(EDM, {"sigmas": v}, "sigmas") for v in ([5, -1], [5, 7])],
         (LINEAR, {"steps": 3, "sigmas": [3, 1]}, "sigmas"),
         (LINEAR, {"sigmas": [3, 1], "timesteps": [5]}, "sigmas|timesteps"),
-        # the grid's last point is where it would end
-        (LINEAR, {"steps": 5, "final_sigma": "min"}, "final_sigma"),
-        (FLOW, {"steps": 5, "spacing": "linspace", "final_sigma": "min"}, "final_sigma"),
+        # the last value given is where the path would end
         (EDM, {"sigmas": [1, 0.001], "final_sigma": "min"}, "final_sigma"),
         (ALL["zero"], {"timesteps": [998.5, 3]}, "timesteps"),  # between finite and infinite log sigma
     ],
@@ -344,6 +346,7 @@ def test_bad_grids_name_their_argument(schedule: Any, arguments: dict[str, Any],
         *[(schedules.scaled_linear, v, "start") for v in ((-1, 0.02), (0.1, INF))],
         *[(schedules.linear, (1e-4, 0.02, v), "train_steps") for v in (1, 0, 2.5, NAN, True)],
         *[(schedules.cosine, (v,), "train_steps") for v in (1, -5, 2.5)],
+        *[(schedules.sigmoid, (v,), "train_steps") for v in (1, -5, 2.5)],
         *[(schedules.flow, (v,), "shift") for v in (0, -1, NAN, INF)],
         *[(schedules.flow, (1, v), "train_steps") for v in (0, 1.5)],
         *[(schedules.edm, v, "sigma_min") for v in ((80, 0.002), (NAN, 80), (0, 80), (0.1, INF), (1, 1))],

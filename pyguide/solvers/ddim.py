@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..path import Level, NoisePath
+from .churn import Churn
 from .registry import solver
 
 
@@ -55,13 +56,28 @@ def ddim(
     return x
 
 
-@solver("euler", order=1, source="Karras et al. 2022, section 3")
-def euler(model: Callable[..., Any], x: Any, path: NoisePath, *, noise: Callable[[int], Any]) -> Any:
-    """x'/alpha' = x/alpha + (s' - s) (x/alpha - D) / s with s = sigma/alpha; on flow paths x' = x + (sigma' - sigma) v.
+@solver("euler", order=1, source="Karras et al. 2022, algorithm 2 without its second evaluation")
+def euler(
+    model: Callable[..., Any],
+    x: Any,
+    path: NoisePath,
+    *,
+    noise: Callable[[int], Any],
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Any:
+    """In y = x/alpha and s = sigma/alpha:  s^, y^ = churn(s, y),   y' = y^ + (s' - s^) (y^ - D(y^, s^)) / s^
 
-    Both are DDIM at eta 0 (Karras et al. 2022, section 3; Lipman et al. 2023), and this is that function. Order 1.
+    Without churn this is DDIM at eta 0, and on flow paths x' = x + (sigma' - sigma) v. Options s_*: see `Churn`. Order
+    1, one evaluation a step. Source: Karras et al. 2022, algorithm 2; Lipman et al. 2023; k-diffusion, sample_euler.
     """
-    return ddim(model, x, path, noise=noise)
+    churn = Churn(path, s_churn, s_tmin, s_tmax, s_noise)
+    for i in range(path.steps):
+        x, here = churn.add(x, i, noise), churn.level(i)
+        x = ddim_step(x, model(x, here).denoised, here, path.level(i + 1))
+    return x
 
 
 @solver("euler_ancestral", order=1, source="k-diffusion, sample_euler_ancestral")

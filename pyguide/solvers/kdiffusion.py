@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -15,21 +16,28 @@ from ..trace import Form
 
 
 def is_kdiffusion(function: Callable[..., Any]) -> bool:
-    """True for the signature (model, x, sigmas, ...)."""
+    """True for the signature (model, x, sigmas, ...); TypeError for (model, x, sigma_min, sigma_max, ...)."""
     try:
         parameters = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return False
+    if parameters[2:4] == ["sigma_min", "sigma_max"]:
+        raise TypeError(
+            f"solver: {getattr(function, '__name__', 'the function')} makes its own grid from sigma_min to sigma_max; "
+            "expected f(model, x, sigmas, ...), which runs on the grid of a path"
+        )
     return parameters[2:3] == ["sigmas"]
 
 
 def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same sampler in pyguide's contract; needs torch, and runs numpy states as torch tensors.
 
-    Its draws by torch.randn_like are noise(0), noise(1), ... in the order in which it makes them; its `noise_sampler`
-    is `path.brownian`, which is a fresh normal wherever two calls do not overlap. An edit of the model's input changes its x as well, as a callback of k-diffusion would.
+    Its draws by torch.randn_like are noise(0), noise(1), ... in the order in which it makes them, and so are those of
+    its `noise_sampler`; but one that k-diffusion would make of a Brownian tree is `path.brownian`. An edit of the
+    model's input changes its x as well, as a callback of k-diffusion would.
     """
     parameters = inspect.signature(function).parameters
+    one_motion = _draws_from_a_tree(function)
 
     def solver(model: Any, x: Any, path: NoisePath, *, noise: Callable[[int], Any], **options: Any) -> Any:
         torch = require("torch")
@@ -78,7 +86,7 @@ def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
             return denoised
 
         if "noise_sampler" in parameters:
-            options.setdefault("noise_sampler", brownian)
+            options.setdefault("noise_sampler", brownian if one_motion else lambda sigma, sigma_next: draw())
         if "disable" in parameters:
             options.setdefault("disable", True)  # k-diffusion's own progress bar
         x = inside(x) / float(path.alpha[0])
@@ -91,6 +99,22 @@ def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
 
     solver.__name__ = getattr(function, "__name__", "kdiffusion")
     return solver
+
+
+def _draws_from_a_tree(function: Callable[..., Any]) -> bool:
+    """True if the code of the function, or of a function within it, refers to a Brownian tree."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    codes = [getattr(function, "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if code is None:
+            continue
+        if any("brownian" in name.lower() for name in (*code.co_names, *code.co_freevars)):
+            return True
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return False
 
 
 def _value(state: Any) -> Any:

@@ -25,9 +25,9 @@ Solver = Callable[..., Any]
 class Entry:
     """A registered solver.
 
-    order: of convergence with its default options, from an exact history: to the solution of the probability-flow ODE,
-    or weakly to the law of the data if it is stochastic; None for the samplers of distilled models, which converge
-    to neither. started: the same with the solver's own first steps, where that is lower. source: the paper or code.
+    order: global order of convergence of its steps with default options, to the solution of the probability-flow ODE,
+    or weakly to the law of the data if it is stochastic; None for the samplers of distilled models, which converge to
+    neither. started: of a whole run, where its own first and last steps are of lower order. source: paper or code.
     """
 
     name: str
@@ -65,15 +65,15 @@ def entry(name: str) -> Entry:
 
 
 def alias(name: str) -> Alias:
-    """What a name stands for: a solver's own name, its options, and the arguments of `Schedule.path` that it asks for.
+    """What a name stands for: a solver's own name, options, and the arguments of `Schedule.path` that it asks for.
 
     >>> alias("DPM++ 2M Karras")
     Alias(solver='dpmpp_2m', options={}, path={'sigmas': 'karras'})
     """
     if name in _SOLVERS:
         return Alias(name)
-    found = find_alias(name)
-    if found is None or found.solver not in _SOLVERS:
+    found = find_alias(name, _SOLVERS)
+    if found is None:
         near = difflib.get_close_matches(normalised(name), names(), n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"solver: expected one of {', '.join(names())}, an alias, or a function; got {name!r}{hint}")

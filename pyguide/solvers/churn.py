@@ -1,0 +1,55 @@
+"""Churn: noise added before a step, which then starts at a noisier level (Karras et al. 2022, algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..path import Level, NoisePath
+from ..schedules import Flow
+
+
+@dataclass(frozen=True)
+class Churn:
+    """In y = x/alpha and s = sigma/alpha:  s^ = s (1 + gamma),  y^ = y + sqrt(s^^2 - s^2) s_noise z,
+
+    with gamma = min(s_churn / N, sqrt(2) - 1) where s_tmin <= s <= s_tmax, else 0. Not on flow paths, where adding
+    noise also scales the data: ValueError. Source: Karras et al. 2022, algorithm 2, lines 4 to 6.
+    """
+
+    path: NoisePath
+    s_churn: float
+    s_tmin: float
+    s_tmax: float
+    s_noise: float
+
+    def __post_init__(self) -> None:
+        if not self.s_churn >= 0:
+            raise ValueError(f"s_churn: expected a number >= 0, got {self.s_churn}")
+        if self.s_churn > 0 and isinstance(self.path.schedule, Flow):
+            raise ValueError(
+                "s_churn: churn is defined where noise can be added without scaling the data, not on flow paths"
+            )
+
+    def _gamma(self, here: Level) -> float:
+        s = here.sigma / here.alpha if here.alpha > 0 else math.inf
+        return min(self.s_churn / self.path.steps, math.sqrt(2) - 1) if self.s_tmin <= s <= self.s_tmax else 0.0
+
+    def level(self, i: int) -> Level:
+        """The level that step i starts from."""
+        here = self.path.level(i)
+        gamma = self._gamma(here)
+        return self.path.at(here.lam - math.log1p(gamma)) if gamma > 0 else here
+
+    def add(self, x: Any, i: int, noise: Callable[[int], Any]) -> Any:
+        """The state that step i starts from."""
+        here, hat = self.path.level(i), self.level(i)
+        gamma = self._gamma(here)
+        if gamma == 0:
+            return x
+        # alpha^ / alpha and alpha^ s, which have limits at alpha = 0
+        x = x * (hat.sigma / here.sigma / (1 + gamma))
+        scale = hat.sigma / (1 + gamma) * math.sqrt(gamma * (2 + gamma)) * self.s_noise
+        return x + noise(i) * scale if scale != 0 else x
