@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from pyguide.launch import place_samples
+from pyguide.layout import TIMESTEP, weights_width
+from pyguide.ops import step
 from pyguide.plan import Plan
+
+SHAPE = (2, 3, 4, 4)
+SEED = 7  # of the noise that stochastic samplers add
+
+
+def draw(seed: int) -> torch.Tensor:
+    """The first normals of a torch generator: seed 1 is the initial noise, 2 the image of image-to-image."""
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
 class Network:
@@ -43,13 +56,14 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def mutants(plan: Plan, count: int, reached: AbstractSet[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, Plan]]:
-    """Plans that differ from `plan` in one coefficient, multiplied by 1.001: `count` of them, or all if they are fewer.
+def mutations(
+    plan: Plan, count: int, reached: AbstractSet[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """Tables that differ from the plan's in one coefficient, multiplied by 1.001: `count`, or all if they are fewer.
 
     reached: (row, 2) and (row, 3) where some element of D lies on the lower and on the upper bound of the clip. Left
     out is what provably cannot change the result: zeros; a_x and a_g of a row that does not use D; a bound that no
-    element reaches; c_in and timestep of the last row, which makes no model input (they are zero). The timestep is
-    mutated in `plan.timestep`, where a sampler takes it from.
+    element reaches; c_in and timestep of the last row, which makes no model input (they are zero).
     """
     M = plan.slots
     names = ["a_x", "a_g", "clip_lo", "clip_hi", "c_in", "timestep", "var_lo", "var_hi"]
@@ -63,8 +77,37 @@ def mutants(plan: Plan, count: int, reached: AbstractSet[tuple[int, int]] = froz
             places.append((i, j))
     chosen = np.random.default_rng(0).permutation(len(places))[:count]
     for i, j in (places[k] for k in sorted(chosen.tolist())):
-        table, timestep = plan.table.copy(), plan.timestep.copy()
+        table = plan.table.copy()
         table[i, j] *= 1 + 1e-3
-        if names[j] == "timestep":
-            timestep[i] *= 1 + 1e-3
-        yield f"{names[j]} of row {i}", replace(plan, table=table, timestep=timestep)
+        yield f"{names[j]} of row {i}", table
+
+
+def mutants(plan: Plan, count: int, reached: AbstractSet[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, Plan]]:
+    """`mutations` as plans; a sampler takes its timesteps from `plan.timestep`, so that they are mutated there too."""
+    for label, table in mutations(plan, count, reached):
+        yield label, replace(plan, table=table, timestep=table[:-1, TIMESTEP])
+
+
+def results(plan: Plan, tables: Sequence[Any], network: Any, start: torch.Tensor, noises: Any) -> torch.Tensor:
+    """What each of the tables, variants of the plan's, makes of `start` [B, C, *]: [n, B, C, *], in float64.
+
+    All at once: the kernel runs every sample at its own row of its own table. noises: one for each noisy row.
+    """
+    copies, M, rows = len(tables) * len(start), plan.slots, plan.evaluations + 1
+    state = torch.full((M, copies, *start.shape[1:]), math.nan, dtype=torch.float64)
+    state[0] = start.repeat(len(tables), 1, 1, 1)
+    inputs, times = torch.empty_like(state[0]), torch.empty(copies, dtype=torch.float64)
+    placed = place_samples(copies, rows, M, None, 0)
+    placed["table"] = np.repeat(np.arange(len(tables)), len(start)) * plan.table.size
+    samples = torch.from_numpy(placed.view(np.int64).reshape(copies, -1))
+    weights = torch.zeros(rows, weights_width(1, M, 0), dtype=torch.float64)
+    weights[:, 0] = 1.0
+    table, here = torch.from_numpy(np.stack(tables)), torch.arange(copies, dtype=torch.int32)[:, None]
+    drawn = dict(zip(plan.stochastic_rows, noises or (), strict=True))
+    outputs: list[torch.Tensor] = []
+    for i in range(rows):
+        z = drawn[i].repeat(len(tables), 1, 1, 1) if i in drawn else None
+        target = here if i < plan.evaluations else torch.full_like(here, -1)
+        step(state, [inputs], [times], samples, outputs, table, weights.flatten(), here, target, noise=z)
+        outputs = [network(inputs, times)] if i < plan.evaluations else []
+    return state[0].reshape(len(tables), *start.shape)

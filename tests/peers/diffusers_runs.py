@@ -1,12 +1,14 @@
-"""Runs of diffusers' schedulers, unmodified, and of pyguide on the same grid: what test_peers_diffusers.py compares.
+"""Runs of diffusers' schedulers, unmodified: what make_diffusers.py stores, and what the live tests run again.
 
 A scheduler is driven as a pipeline drives it: latents times init_noise_sigma, scale_model_input, the network, step;
 image-to-image by add_noise, a slice of the timesteps and set_begin_index. In float32 nothing is touched, and noise
-comes from torch.Generators with the same seed on both sides.
+comes from a torch.Generator. Only the two schedulers that take their noise from torchsde's Brownian tree are handed
+increments made of the same normals (`Motion`); where torchsde is missing their modules are loaded beside an empty one.
 
 In float64 the scheduler's code is unmodified too, and it is given
 
     its own tables alphas_cumprod and sigmas, widened: the same numbers, no longer rounding what is computed from them;
+    arrays that set_timesteps turns into tensors, and torch's default dtype, in float64: the same, for further tables;
     latents as `Wide`, a tensor that stays float64 where a scheduler writes sample.to(torch.float32);
     the float32 run's noises, in place of randn_tensor (a float64 generator draws other ones).
 
@@ -16,27 +18,40 @@ pyguide has no part in it, and its float64 results are compared with the second 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import itertools
 import sys
-from dataclasses import dataclass, field, replace
+import types
+import warnings
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import diffusers
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
-import pyguide
-from pyguide import schedules
+from .common import SEED, SHAPE, draw
+from .diffusers_cases import EDM, FLOW, TABLE, Case
+from .diffusers_ours import TIMES, UNIT, Array, Run
 
-from .common import Network
-
-SHAPE = (2, 3, 4, 4)
-SEED = 7
-RATIO = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete")  # their x is the state over alpha
-FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
-TIMES = Network(time_scale=1 / 150)
-UNIT = Network(time_scale=1.0)
+BROWNIAN = {
+    "DPMSolverSDE": "scheduling_dpmsolver_sde",
+    "CosineDPMSolverMultistep": "scheduling_cosine_dpmsolver_multistep",
+}
+RATIO = (
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+    "LMSDiscrete",
+    "DPMSolverSDE",
+)  # their x is the state over alpha
+INNER = ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")  # evaluate between grid points
 
 
 class Wide(torch.Tensor):
@@ -47,180 +62,171 @@ class Wide(torch.Tensor):
         return self if wanted is torch.float32 else super().to(*args, **kwargs)
 
 
-SOLVERS = {
-    "DDIM": "ddim",
-    "EulerDiscrete": "euler",
-    "EulerAncestralDiscrete": "euler_ancestral",
-    "HeunDiscrete": "heun",
-    "DPMSolverMultistep": "dpmpp_2m",
-    "UniPCMultistep": "unipc",
-    "FlowMatchEulerDiscrete": "euler",
-    "FlowMatchHeunDiscrete": "heun",
-    "EDMEuler": "euler",
-}
-PREDICTIONS = {"v_prediction": "v", "flow_prediction": "flow", "sample": "sample", "epsilon": "epsilon"}
+class WideTorch:
+    """torch, but tensors made from arrays, from lists and by sin (iPNDM's own table) go on in float64."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(torch, name)
+        if name not in ("from_numpy", "tensor", "sin"):
+            return function
+
+        def wide(*args: Any, **kwargs: Any) -> torch.Tensor:
+            made = function(*args, **kwargs)
+            return made.double() if made.is_floating_point() else made
+
+        return wide
 
 
-@dataclass(frozen=True)
-class Case:
-    """One configuration of a scheduler and what it is in pyguide.
+class Motion:
+    """(W(a) - W(b)) / sqrt(a - b) of one Brownian motion in sigma, walked from the noisiest level down.
 
-    scheduler, config, steps: the scheduler's name without "Scheduler", its arguments, set_timesteps' first. options: of
-    our solver. own: (schedule, arguments of its path), where our names name the same grid. step: further arguments of
-    the scheduler's step. given: sigmas that its user passes. strength: image-to-image. solver: ours, if not the usual.
+    A normal for each level that it has not met; increments that overlap share those between their levels.
     """
 
-    scheduler: str
-    config: dict[str, Any]
-    steps: int
-    options: dict[str, Any] = field(default_factory=dict)
-    own: tuple[schedules.Schedule, dict[str, Any]] | None = None
-    step: dict[str, Any] = field(default_factory=dict)
-    given: list[float] | None = None
-    strength: float = 1.0
-    solver: str = ""
+    def __init__(self, normals: Iterator[torch.Tensor], dtype: torch.dtype) -> None:
+        self.normals, self.dtype = normals, dtype
+        self.walk: list[tuple[float, Any]] = []  # (level, W there, in float64), descending
 
-    @property
-    def network(self) -> Network:
-        return UNIT if self.scheduler == "EDMEuler" else TIMES
+    def at(self, sigma: float) -> Any:
+        for level, value in self.walk:
+            if abs(level - sigma) <= 1e-6 * level:  # as the scheduler's logarithm and exponential leave it
+                return value
+        if not self.walk:
+            self.walk.append((sigma, 0.0))
+        else:
+            level, value = self.walk[-1]
+            assert sigma < level
+            self.walk.append((sigma, value + next(self.normals).double() * (level - sigma) ** 0.5))
+        return self.walk[-1][1]
 
-    @property
-    def clip(self) -> float | None:
-        clips = self.config.get("clip_sample", self.scheduler == "DDIM")
-        return self.config.get("clip_sample_range", 1.0) if clips else None
-
-    @property
-    def prediction(self) -> str:
-        if self.scheduler == "EDMEuler":
-            return "edm"
-        return "flow" if self.scheduler in FLOW else PREDICTIONS[self.config.get("prediction_type", "epsilon")]
-
-    def make(self) -> Any:
-        """The scheduler, with its timesteps set."""
-        scheduler = getattr(diffusers, f"{self.scheduler}Scheduler")(**self.config)
-        scheduler.set_timesteps(
-            **({"num_inference_steps": self.steps} if self.given is None else {"sigmas": self.given})
-        )
-        return scheduler
-
-    def own_path(self) -> pyguide.NoisePath:
-        assert self.own is not None
-        schedule, arguments = self.own
-        return schedule.path(self.steps, strength=self.strength, **arguments)
-
-    def plan(self, path: pyguide.NoisePath) -> pyguide.Plan:
-        solver = self.solver or SOLVERS[self.scheduler]
-        return pyguide.compile(solver, path, prediction=self.prediction, clip=self.clip, **self.options)
+    def __call__(self, sigma: Any, sigma_next: Any) -> torch.Tensor:
+        start, end = self.at(float(sigma)), self.at(float(sigma_next))
+        unit = (end - start) / (float(sigma) - float(sigma_next)) ** 0.5
+        return unit.as_subclass(Wide) if self.dtype == torch.float64 else unit.to(self.dtype)
 
 
-def draw(seed: int) -> torch.Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+def scheduler_class(name: str) -> Any:
+    if name not in BROWNIAN:
+        return getattr(diffusers, f"{name}Scheduler")
+    absent = "torchsde" not in sys.modules and importlib.util.find_spec("torchsde") is None
+    if absent:
+        sys.modules["torchsde"] = types.ModuleType("torchsde")
+    try:
+        module = importlib.import_module(f"diffusers.schedulers.{BROWNIAN[name]}")
+    finally:
+        if absent:
+            del sys.modules["torchsde"]
+    return getattr(module, f"{name}Scheduler")
 
 
-def widen(scheduler: Any) -> None:
-    for name in ("alphas_cumprod", "final_alpha_cumprod", "sigmas"):
-        if isinstance(getattr(scheduler, name, None), torch.Tensor):
-            setattr(scheduler, name, getattr(scheduler, name).double())
-
-
-def run_peer(case: Case, dtype: torch.dtype) -> torch.Tensor:
-    """The scheduler's result as a state (times alpha at the end, where its x is over alpha)."""
-    scheduler, wide = case.make(), dtype == torch.float64
+def make(case: Case, wide: bool = False) -> Any:
+    """The scheduler, with its timesteps set; wide: with its tables in float64."""
+    config = dict(case.config)
+    if "tau_func" in config:
+        strength = config["tau_func"]
+        config["tau_func"] = lambda t: strength
+    scheduler = scheduler_class(case.scheduler)(**config)
+    count = {} if {"sigmas", "timesteps"} & set(case.call) else {"num_inference_steps": case.steps}
+    module = sys.modules[type(scheduler).__module__]
+    with mock.patch.object(module, "torch", WideTorch()) if wide else contextlib.nullcontext():
+        scheduler.set_timesteps(**count, **case.call)
     if wide:
-        widen(scheduler)
-    generator = torch.Generator().manual_seed(SEED)
-    arguments = dict(case.step)
-    if "generator" in scheduler.step.__annotations__:
-        arguments["generator"] = generator
+        for name in ("alphas_cumprod", "final_alpha_cumprod", "sigmas"):
+            if isinstance(getattr(scheduler, name, None), torch.Tensor):
+                setattr(scheduler, name, getattr(scheduler, name).double())
+    return scheduler
 
-    def replay(shape: Any, generator: Any, device: Any, dtype: Any) -> torch.Tensor:
-        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    tensor = (lambda x: x.to(dtype).as_subclass(Wide)) if wide else (lambda x: x)
-    begin = (case.steps - int(case.steps * case.strength)) * scheduler.order
+def network(case: Case) -> Any:
+    """What stands for the model: told timesteps up to 1000, or numbers around 1."""
+    return UNIT if case.scheduler in (*EDM, "IPNDM") else TIMES
+
+
+def grid(case: Case, s: Any) -> tuple[Array, Array]:
+    """(told, sigmas) of Run, from a scheduler in float64."""
+    told = np.asarray(s.timesteps.double())
+    if case.scheduler in INNER:
+        told = told[::2]
+    elif s.order == 2:  # Heun's list their inner points twice
+        told = told[[0, *range(1, len(told), 2)]]
+    elif case.scheduler == "PNDM":
+        told = np.asarray(s._timesteps[::-1], np.float64)
+    if case.scheduler in TABLE:
+        end = {"DDPM": 1.0, "LCM": 1.0, "TCD": float(s.alphas_cumprod[0])}.get(case.scheduler)
+        end = float(s.final_alpha_cumprod) if end is None else end
+        sigmas = np.sqrt([(1 - end) / end])
+        assert not case.null
+    else:
+        sigmas = np.asarray(s.betas / s.alphas if case.scheduler == "IPNDM" else s.sigmas, np.float64)
+        sigmas = np.append(sigmas[0], sigmas[1::2] if s.order == 2 else sigmas[1:])[: len(told) + 1]
+        assert case.null == bool(0 < sigmas[-2] <= sigmas[-1] * (1 + 1e-6)), f"null: {sigmas[-2:]}"
+    if case.null:
+        told, sigmas = told[:-1], sigmas[:-1]
+    return told[case.first :], sigmas if case.scheduler in TABLE else sigmas[case.first :]
+
+
+def run(case: Case, dtype: torch.dtype, model: Any = None, seed: int = 0) -> Run:
+    """The scheduler's result as a state (times alpha at the end, where its x is over alpha), and its grid.
+
+    model: the network, if not the usual one. seed: added to those of the initial noise, the image and the noises.
+    """
+    wide = dtype == torch.float64
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        scheduler = make(case, wide)
+        told, sigmas = grid(case, scheduler if wide else make(case, True))
+        x, inner = _stepped(case, scheduler, dtype, model or network(case), seed)
+    scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    if case.scheduler in RATIO:
+        scale /= float(np.hypot(1, sigmas[0]))
+        x = x * float(1 / np.hypot(1, sigmas[-1]))
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if case.flows or case.scheduler in (*EDM, "IPNDM"):
+        table = None
+    return Run(
+        x,
+        told,
+        sigmas,
+        np.array(inner, np.float64).reshape(-1, 2),
+        1.0 if case.strength < 1 else scale,
+        None if table is None else np.asarray(table, np.float64),
+    )
+
+
+def _stepped(
+    case: Case, scheduler: Any, dtype: torch.dtype, model: Any, seed: int
+) -> tuple[torch.Tensor, list[tuple[float, float]]]:
+    wide, begin = dtype == torch.float64, case.first * scheduler.order
     timesteps = scheduler.timesteps[begin:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
-    if case.strength < 1:
-        add = scheduler.scale_noise if case.scheduler in FLOW else scheduler.add_noise
-        arguments_of_add = (
-            (timesteps[:1], tensor(draw(1))) if case.scheduler in FLOW else (tensor(draw(1)), timesteps[:1])
-        )
-        x = add(tensor(draw(2)), *arguments_of_add)
+    tensor = (lambda x: x.to(dtype).as_subclass(Wide)) if wide else (lambda x: x)
+    if case.strength < 1 and case.scheduler in FLOW:
+        x = scheduler.scale_noise(tensor(draw(2 + seed)), timesteps[:1], tensor(draw(1 + seed)))
+    elif case.strength < 1:
+        x = scheduler.add_noise(tensor(draw(2 + seed)), tensor(draw(1 + seed)), timesteps[:1])
     else:
-        x = tensor(draw(1)) * getattr(scheduler, "init_noise_sigma", 1.0)
-    module = sys.modules[type(scheduler).__module__]
-    patched = (
-        mock.patch.object(module, "randn_tensor", replay)
-        if wide and hasattr(module, "randn_tensor")
-        else mock.MagicMock()
-    )
-    with torch.no_grad(), patched:
-        for t in timesteps:
+        x = tensor(draw(1 + seed)) * getattr(scheduler, "init_noise_sigma", 1.0)
+    generator = torch.Generator().manual_seed(SEED + seed)
+    normals = (torch.randn(SHAPE, generator=generator, dtype=torch.float32) for _ in itertools.count())
+    if hasattr(scheduler, "noise_sampler"):
+        scheduler.noise_sampler = Motion(normals, dtype)
+    arguments = dict(case.step)
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        arguments["generator"] = generator
+    module, inner = sys.modules[type(scheduler).__module__], []
+    with contextlib.ExitStack() as stack:
+        if wide:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(dtype)
+            if hasattr(module, "randn_tensor"):
+                replay = mock.Mock(side_effect=lambda *args, **kwargs: tensor(next(normals)))
+                stack.enter_context(mock.patch.object(module, "randn_tensor", replay))
+        for t in timesteps[: len(timesteps) - case.null]:
+            if case.scheduler in INNER and not scheduler.state_in_first_order:
+                scaled = scheduler.scale_model_input(tensor(torch.ones(1, 1, 1, 1)), t)
+                inner.append((float((scaled.double() ** -2 - 1).sqrt()), float(t)))
             inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-            x = scheduler.step(case.network(inputs, t), t, x, return_dict=False, **arguments)[0]
+            x = scheduler.step(model(inputs, t), t, x, return_dict=False, **arguments)[0]
     assert x.dtype == dtype
-    x = x.as_subclass(torch.Tensor)
-    return x * end_alpha(case, scheduler)
-
-
-def end_alpha(case: Case, scheduler: Any) -> float:
-    return float((1 + scheduler.sigmas[-1].double() ** 2) ** -0.5) if case.scheduler in RATIO else 1.0
-
-
-def peer_grid(case: Case) -> pyguide.NoisePath:
-    """The grid of the scheduler as our path, from its own timesteps and sigmas."""
-    s = case.make()
-    told, strength = s.timesteps.double(), case.strength
-    if s.order == 2:  # Heun's schedulers list their inner points twice
-        told = told[[0, *range(1, len(told), 2)]]
-    if case.scheduler == "DDIM":
-        end = "zero" if float(s.final_alpha_cumprod) == 1 else "min"
-        schedule = schedules.from_alphas_cumprod(s.alphas_cumprod.double().tolist())
-        return schedule.path(timesteps=told.tolist(), final_sigma=end, strength=strength)
-    sigmas = s.sigmas.double()
-    if s.order == 2:
-        sigmas = sigmas[[0, *range(1, len(sigmas) - 1, 2), -1]]
-    if case.scheduler == "EDMEuler":
-        schedule = schedules.edm(s.config.sigma_min, s.config.sigma_max, s.config.sigma_data)
-    elif case.scheduler in FLOW or s.config.get("use_flow_sigmas"):
-        schedule = schedules.flow()
-    else:
-        schedule = schedules.from_alphas_cumprod(s.alphas_cumprod.double().tolist())
-    end = "zero" if sigmas[-1] == 0 else "min"
-    path = schedule.path(sigmas=sigmas[:-1].tolist(), timesteps=told.tolist(), final_sigma=end, strength=strength)
-    if end == "zero":
-        return path
-    # the peer's smallest sigma is its table's, rounded once more
-    assert abs(path.sigma[-1] / path.alpha[-1] / float(sigmas[-1]) - 1) < 2**-22
-    last = 1 / np.hypot(1, float(sigmas[-1]))
-    return replace(path, alpha=[*path.alpha[:-1], last], sigma=[*path.sigma[:-1], last * float(sigmas[-1])])
-
-
-def start(case: Case, path: pyguide.NoisePath, dtype: torch.dtype) -> torch.Tensor:
-    """The state that the scheduler starts from."""
-    noise = draw(1).to(dtype)
-    if case.strength < 1:
-        return path.noise_at(draw(2).to(dtype), noise)
-    scheduler = case.make()
-    if dtype == torch.float64:
-        widen(scheduler)
-    peer = float(getattr(scheduler, "init_noise_sigma", 1.0))
-    return noise * (peer * float(path.alpha[0]) if case.scheduler in RATIO else peer)
-
-
-def supplied(count: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The first draws of the peer's float32 generator, in another dtype."""
-    generator = torch.Generator().manual_seed(SEED)
-    return [torch.randn(SHAPE, generator=generator).to(dtype) for _ in range(count)]
-
-
-def run_ours(
-    case: Case, path: pyguide.NoisePath, dtype: torch.dtype, plan: Any = None, **settings: Any
-) -> torch.Tensor:
-    """The compiled plan on a path. float32: a generator like the peer's; float64: the noises that one drew."""
-    plan = plan or case.plan(path)
-    source: dict[str, Any] = {"generator": torch.Generator().manual_seed(SEED)}
-    if dtype == torch.float64:
-        source = {"noises": supplied(len(plan.stochastic_rows), dtype)}
-    return pyguide.Sampler(case.network, plan, **settings)(start(case, path, dtype), **source)
+    return x.as_subclass(torch.Tensor), inner
