@@ -21,8 +21,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from peers.common import distance  # noqa: E402
-from peers.covering import Design  # noqa: E402
 from peers.diffusers_cases import AYS, NAMED  # noqa: E402
+from peers.diffusers_covering import Design  # noqa: E402
 from peers.diffusers_grid_dpm import DESIGNS, every_case  # noqa: E402
 from peers.diffusers_ours import F32, F64  # noqa: E402
 from peers.diffusers_stored import CASES, EXACT, META, stored  # noqa: E402
@@ -151,7 +151,7 @@ def test_the_stored_cases_are_those_of_the_tables() -> None:
     """peers/diffusers.npz was made from the cases as they stand: else run make_diffusers.py again."""
     cases = {name: json.loads(json.dumps(case.as_json())) for name, case in every_case().items()}
     assert {name: json.loads(json.dumps(case.as_json())) for name, case in CASES.items()} == cases
-    assert META["diffusers"].split(".") >= ["0", "31"]
+    assert all(META[name][0].isdigit() for name in ("diffusers", "torch", "numpy", "scipy"))
 
 
 @pytest.mark.parametrize("design", DESIGNS, ids=[design.prefix for design in DESIGNS])

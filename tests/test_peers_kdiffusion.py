@@ -27,7 +27,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from peers.common import Network, distance, mutants  # noqa: E402
-from test_kdiffusion import sample_euler  # noqa: E402
 
 import pyguide  # noqa: E402
 from pyguide import NoisePath, schedules, solvers  # noqa: E402
@@ -60,12 +59,7 @@ class Case:
 
     @cached_property
     def parts(self) -> list[tuple[Any, NoisePath, dict[str, Any]]]:
-        """(solver, path, options) of our runs, one after another; only dpm_fast is made of several.
-
-        Our euler has no churn: those cases are the function that test_kdiffusion.py has, compiled as it is.
-        """
-        if self.sampler == "euler" and "s_churn" in self.options:
-            return [(sample_euler, self.path, self.options)]
+        """(solver, path, options) of our runs, one after another; only dpm_fast is made of several."""
         if self.sampler != "dpm_fast":
             return [(OURS.get(self.sampler, self.sampler), self.path, self.options)]
         # as many steps of DPM-Solver-3 as n evaluations allow, equal in lam, then of -2 and of -1
