@@ -147,20 +147,30 @@ def _table(record: Trace, rows: Realization, prediction: str, clip: tuple[float,
 def _steps(levels: list[Level], path: NoisePath) -> np.ndarray:
     """The solver step of each evaluation.
 
-    An evaluation inside [lam_i, lam_(i+1)) belongs to step i, unless the next one starts at the same or a noisier
-    level: then it closed the step before it (the second evaluation of Heun's method).
+    An evaluation at a grid point, or at the level that churn made of one, opens the step of that point, unless the next
+    evaluation does: then it closed the step before (the second evaluation of Heun's method). One between grid points
+    belongs to the step that is open. Where no levels are labelled (a k-diffusion function with churn), one that is
+    noisier than the last opens a step, and the others lie in the grid's intervals.
     """
     step: list[int] = []
     for k, level in enumerate(levels):
-        closing = k + 1 < len(levels) and levels[k + 1].lam <= level.lam
-        if k and level.lam == levels[k - 1].lam and level.lam not in path.lam:
-            step.append(step[-1])  # a second one at the same inner level (Runge-Kutta)
-        elif k and level.lam <= levels[k - 1].lam:
-            step.append(step[-1] + 1)  # it opens one at the level where the last one was closed, or above (churn)
-        elif closing and step:
-            step.append(step[-1])
+        ahead = levels[k + 1] if k + 1 < len(levels) else None
+        if ahead is None:
+            closes = False
+        elif level.step is not None and ahead.step is not None:
+            closes = ahead.step == level.step
         else:
-            step.append(max(0, int(np.searchsorted(path.lam, level.lam, side="right")) - 1))
+            closes = ahead.lam <= level.lam
+        if closes and step:
+            step.append(step[-1])
+        elif level.step is not None:
+            step.append(level.step)
+        elif step and (levels[0].step is not None or level.lam == levels[k - 1].lam):
+            step.append(step[-1])
+        elif step and level.lam < levels[k - 1].lam:
+            step.append(step[-1] + 1)
+        else:
+            step.append(int(np.searchsorted(path.lam, level.lam, side="right")) - 1)
     return np.clip(np.array(step, np.int64), 0, path.steps - 1)
 
 

@@ -20,12 +20,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Level:
-    """One noise level: x = alpha x0 + sigma noise, lam = log(alpha / sigma), and the timestep the model is told."""
+    """One noise level: x = alpha x0 + sigma noise, lam = log(alpha / sigma), and the timestep the model is told.
+
+    step: the solver step that starts here, the index of a grid point; None for a level inside a step.
+    """
 
     alpha: float
     sigma: float
     lam: float
     timestep: float
+    step: int | None = None
 
 
 def log_ratio(alpha: Floats, sigma: Floats) -> Floats:
@@ -51,7 +55,7 @@ class NoisePath:
     init_scale: float = 1.0
     made: Mapping[str, Any] | None = None
     lam: Floats = field(init=False)
-    _increments: Brownian | None = field(default=None, repr=False)
+    _increments: Brownian | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "sigma", "timestep"):
@@ -86,7 +90,7 @@ class NoisePath:
             raise IndexError(f"level: grid index must be in [0, {self.steps}], got {index}")
         lam = float(self.lam[index])
         timestep = self.timestep[index] if index < self.steps else self.schedule.timestep_at(lam)
-        return Level(float(self.alpha[index]), float(self.sigma[index]), lam, float(timestep))
+        return Level(float(self.alpha[index]), float(self.sigma[index]), lam, float(timestep), index)
 
     def at(self, lam: float) -> Level:
         """The level at any lam, between grid points too; the timestep is interpolated in log sigma as peers do."""
@@ -119,7 +123,9 @@ class NoisePath:
         def step(s: float) -> int:
             return int(np.clip(np.searchsorted(-ratio, -s, side="right") - 1, 0, self.steps - 1))
 
-        return replace(self, _increments=Brownian(noise, step))
+        run = replace(self)
+        object.__setattr__(run, "_increments", Brownian(noise, step))
+        return run
 
     def brownian(self, t0: float, t1: float) -> Any:
         """Inside a solver: (W(t1) - W(t0)) / sqrt(|t1 - t0|) of the run's Brownian motion W, a unit normal.

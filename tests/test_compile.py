@@ -217,15 +217,32 @@ def test_clipped_solver_keeps_the_raw_noise_estimate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "options", "per_step"),
-    [("ddim", {}, 1), ("heun", {}, 2), ("heun", {"s_churn": 5.0}, 2), ("unipc", {}, 1), ("dpmpp_2m", {}, 1)],
+    ("solver", "options", "per_step", "first"),
+    [
+        ("ddim", {}, 1, 0),
+        ("unipc", {}, 1, 0),
+        ("euler", {"s_churn": 1.0}, 1, 0),
+        ("euler", {"s_churn": 9.0, "s_tmin": 0.3, "s_tmax": 5.0}, 1, 0),
+        ("heun", {}, 2, 0),
+        ("heun", {"s_churn": 5.0}, 2, 0),
+        ("dpm2", {"s_churn": 1.0}, 2, 0),
+        ("dpm2", {"s_churn": 40.0, "s_tmin": 0.3, "s_tmax": 5.0}, 2, 0),
+        ("dpmpp_sde", {}, 2, 0),
+        ("dpmpp_3s", {}, 3, 0),
+        ("plms", {}, 1, 1),
+        ("pndm", {}, 1, 9),
+    ],
 )
-def test_steps_of_evaluations(solver: str, options: dict[str, Any], per_step: int) -> None:
-    for path in (path_of("linear-leading"), path_of("edm")):
-        plan = pyguide.compile(solver, path, prediction="v", **options)
-        # Heun's second evaluation closes its step; the last step, to sigma 0, has one
-        assert plan.step.tolist() == np.repeat(np.arange(path.steps), per_step).tolist()[: plan.evaluations]
-        assert plan.evaluations == path.steps * per_step - (per_step - 1)
+def test_steps_of_evaluations(solver: str, options: dict[str, Any], per_step: int, first: int) -> None:
+    """first: evaluations more in the first step (PLMS), or three more in each of the first three (PNDM)."""
+    for steps in (6, 30):
+        for path in (schedules.linear().path(steps), schedules.scaled_linear().path(steps, sigmas="karras")):
+            plan = pyguide.compile(solver, path, prediction="v", **options)
+            counts = np.full(steps, per_step)
+            counts[: max(1, first // 3)] += min(first, 3)
+            if per_step > 1:
+                counts[-1] = 1  # to sigma 0
+            assert plan.step.tolist() == np.repeat(np.arange(steps), counts).tolist()
 
 
 # ---- the certificates can fail ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..path import Level, NoisePath
@@ -41,7 +41,7 @@ class Churn:
         """The level that step i starts from."""
         here = self.path.level(i)
         gamma = self._gamma(here)
-        return self.path.at(here.lam - math.log1p(gamma)) if gamma > 0 else here
+        return replace(self.path.at(here.lam - math.log1p(gamma)), step=i) if gamma > 0 else here
 
     def add(self, x: Any, i: int, noise: Callable[[int], Any]) -> Any:
         """The state that step i starts from."""
