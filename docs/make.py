@@ -18,7 +18,7 @@ from pathlib import Path
 from textwrap import dedent
 
 from pyguide import compile, schedules, solvers
-from pyguide.solvers.aliases import ALIASES, normalised
+from pyguide.solvers.aliases import ALIASES
 from pyguide.solvers.churn import Churn
 from pyguide.solvers.singlestep_sde import ancestral_run
 
@@ -35,8 +35,8 @@ INTRODUCTION = """\
 <!-- written by docs/make.py -->
 
 `pyguide.compile(name, path, **options)` takes any name of this page; so does `solvers.sample`, which runs the same
-function with arrays. Case, spaces and dashes do not matter, and " Karras" or " Exponential" after a name chooses the
-grid too.
+function with arrays. Only letters and digits of a name matter, and " Karras", " Exponential" or " Beta" after it
+chooses the grid too.
 
 **order** is the global order of convergence to the solution of the probability-flow ODE, or for samplers with noise
 the weak order, to the law of the data. Two numbers: of its steps / of a whole run, whose first steps are of a lower
@@ -49,9 +49,9 @@ default options.
 The plots show the distance from the truth against the number of model evaluations, on a mixture of three Gaussians
 whose denoiser is known exactly. Without noise: the rms error in the end point of the ODE, from sigma/alpha = 10 to
 0.05 in equal steps of log(alpha/sigma). With noise: the Wasserstein distance between {samples:,} samples and the law
-of the data at that noise level, whose floor is that of as many exact samples. For `lcm` and `tcd` the model is the
-exact consistency function, as for the distilled models that they are made for (`tcd`'s also know where to a step
-goes, which this one does not). Grey: `ddim` under the same conditions.
+of the data at that noise level; the grey band is where 32 draws of as many exact samples lie. For `lcm` and `tcd` the
+model is the exact consistency function, as for the distilled models that they are made for (`tcd`'s also know where
+to a step goes, which this one does not). Grey: `ddim` under the same conditions.
 
 ## Churn and ancestral noise
 
@@ -88,9 +88,13 @@ def peers(name: str) -> list[str]:
     known = []
     for other, alias in ALIASES.items():
         if alias.solver == name:
-            options = ", ".join(f"{key}={value!r}" for key, value in alias.options.items())
+            options = ", ".join(f"{key}={shown(value)}" for key, value in alias.options.items())
             known.append(f"`{other}`" + (f" ({options})" if options else ""))
     return sorted(known, key=str.lower)
+
+
+def shown(value: object) -> str:
+    return value.__name__.replace("_", " ") if inspect.isfunction(value) else repr(value)
 
 
 def table() -> str:
@@ -153,7 +157,7 @@ def main() -> None:
     if arguments.page:
         return
     PLOTS.mkdir(exist_ok=True)
-    for name in [normalised(name) for name in arguments.names] or solvers.names():
+    for name in arguments.names or solvers.names():
         plot(name, PLOTS / f"{name}.png")
         print(name)
 

@@ -29,7 +29,7 @@ class Level:
     sigma: float
     lam: float
     timestep: float
-    step: int | None = None
+    step: int | None = field(default=None, compare=False)
 
 
 def log_ratio(alpha: Floats, sigma: Floats) -> Floats:

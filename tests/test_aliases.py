@@ -9,7 +9,7 @@ import pytest
 
 import pyguide
 from pyguide import schedules, solvers
-from pyguide.solvers.aliases import ALIASES, Alias, normalised
+from pyguide.solvers.aliases import ALIASES, Alias, below_15_steps, squeezed
 
 SD = schedules.scaled_linear()
 
@@ -34,10 +34,16 @@ KNOWN = {
     "PLMS": ("plms", {}, {}),
     "DDIM": ("ddim", {}, {}),
     "UniPC": ("unipc", {}, {}),
-    "uni_pc": ("unipc", {"order": 3, "solver_type": "bh1"}, {}),
-    "uni_pc_bh2": ("unipc", {"order": 3}, {}),
+    "uni_pc": ("unipc", {}, {}),
+    "uni_pc_bh2": ("unipc", {"solver_type": "bh2"}, {}),
+    "dpmpp2m": ("dpmpp_2m", {}, {}),
+    "DPM++2M Karras": ("dpmpp_2m", {}, {"sigmas": "karras"}),
+    "Euler Beta": ("euler", {}, {"sigmas": "beta"}),
+    "eulera": ("euler_ancestral", {}, {}),
+    "k_dpmpp_2m": ("dpmpp_2m", {}, {}),
     "LCM": ("lcm", {}, {}),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", {}, {}),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", {"lower_order_final": below_15_steps}, {}),
+    "FlowMatchLCMScheduler": ("lcm", {"timestep_scaling": None}, {}),
     "FlowMatchEulerDiscreteScheduler": ("euler", {}, {}),
     "KDPM2AncestralDiscreteScheduler": ("dpm2_ancestral", {}, {}),
     "sample_dpmpp_2m_sde": ("dpmpp_2m_sde", {}, {}),
@@ -56,29 +62,27 @@ def test_every_alias_compiles_to_what_it_stands_for(name: str, grid: str) -> Non
     assert alias.solver in solvers.names()
     wanted = SD.path(6, sigmas=grid.strip().lower() or None)
     plan = pyguide.compile(f"{name}{grid}", SD.path(6))
-    same = pyguide.compile(alias.solver, wanted, **alias.options)
+    options = {key: True if value is below_15_steps else value for key, value in alias.options.items()}
+    same = pyguide.compile(alias.solver, wanted, **options)
     np.testing.assert_array_equal(plan.table, same.table)
     assert plan.solver == alias.solver
 
 
 def test_own_names_are_no_aliases() -> None:
     """An alias that is a solver's own name would be hidden by it, and of two equal ones the first."""
-    assert len({normalised(name) for name in ALIASES}) == len(ALIASES)
-    assert not {normalised(name) for name in ALIASES} & set(solvers.names())
-    assert all(normalised(name) == name for name in solvers.names())
-
-
-def test_every_scheduler_of_diffusers_with_a_solver_has_its_alias() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    for name in (name for name in ALIASES if name.endswith("Scheduler")):
-        assert hasattr(diffusers, name), name
+    own = {squeezed(name) for name in solvers.names()}
+    assert len({squeezed(name) for name in ALIASES}) == len(ALIASES)
+    assert len(own) == len(solvers.names())
+    assert not {squeezed(name) for name in ALIASES} & own
 
 
 def test_the_callers_options_win() -> None:
     path = SD.path(8)
-    plan = pyguide.compile("uni_pc", path, order=2)
-    np.testing.assert_array_equal(plan.table, pyguide.compile("unipc", path, order=2, solver_type="bh1").table)
-    assert solvers.alias("uni_pc").options == {"order": 3, "solver_type": "bh1"}
+    plan = pyguide.compile("uni_pc_bh2", path, solver_type="bh1")
+    np.testing.assert_array_equal(plan.table, pyguide.compile("unipc", path, solver_type="bh1").table)
+    end = SD.path(8, offset=1, final_sigma="min")
+    plan = pyguide.compile("DEISMultistepScheduler", end, lower_order_final=False)
+    np.testing.assert_array_equal(plan.table, pyguide.compile("deis", end).table)
 
 
 def test_the_reference_takes_the_grid_too() -> None:
@@ -122,9 +126,22 @@ def test_a_grid_that_contradicts_the_path_is_refused(path: Any) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"^solver: expected one of .*ddim.*, an alias, .*'DPM\+\+ 2N'.*'dpmpp_2.'"):
-        pyguide.compile("DPM++ 2N", SD.path(4))
     with pytest.raises(ValueError, match=r"^solver: 'DPM adaptive' has no plan: the sizes of its steps"):
         pyguide.compile("DPM adaptive", SD.path(4))
     with pytest.raises(TypeError, match=r"^order: heun has no such option"):
         pyguide.compile("Heun Karras", SD.path(4), order=2)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("DPM++ 2M Karas", "dpmpp_2m Karras"),
+        ("DPMSolverMultistep", "DPMSolverMultistepScheduler"),
+        ("UniPCMultistepSheduler", "UniPCMultistepScheduler"),
+        ("EulerDiscrete", "EulerDiscreteScheduler"),
+        ("huen", "heun"),
+    ],
+)
+def test_a_misspelt_name_is_told_the_nearest(typed: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"^solver: got '.*'; did you mean '{meant}'\? expected one of .*ddim"):
+        pyguide.compile(typed, SD.path(4))

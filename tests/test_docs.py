@@ -48,6 +48,11 @@ def test_the_code_of_the_readme_runs(capsys):
     assert torch.equal(namespace["filled"][kept], GIVEN["image"][kept])
 
 
+def test_the_code_for_those_who_come_from_diffusers_runs():
+    (block,) = blocks("docs/diffusers.md")
+    exec(compile(block, "diffusers.md", "exec"), {})
+
+
 def test_adding_a_solver_touches_one_file(tmp_path):
     """The file that CONTRIBUTING shows, put into a copy of the tree: everything that is general picks it up."""
     for folder in ("pyguide", "tests", "docs"):

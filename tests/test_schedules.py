@@ -328,7 +328,7 @@ LINEAR, FLOW, EDM = VP["linear"], ALL["flow"], ALL["edm"]
         *[(FLOW, {"sigmas": v}, "sigmas") for v in ([1.5, 1], [0.5, -0.5])],
         *[(EDM, {"sigmas": v}, "sigmas") for v in ([5, -1], [5, 7])],
         (LINEAR, {"steps": 3, "sigmas": [3, 1]}, "sigmas"),
-        (LINEAR, {"sigmas": [3, 1], "timesteps": [5]}, "sigmas|timesteps"),
+        (LINEAR, {"sigmas": [3, 2, 1], "timesteps": [5]}, "sigmas|timesteps"),
         # the last value given is where the path would end
         (EDM, {"sigmas": [1, 0.001], "final_sigma": "min"}, "final_sigma"),
         (ALL["zero"], {"timesteps": [998.5, 3]}, "timesteps"),  # between finite and infinite log sigma

@@ -335,9 +335,9 @@ def test_terminal_stretches_the_grid(options: dict[str, Any], last: float) -> No
         (LINEAR, {"timesteps": 25}, "timesteps", "sequence"),
         (FLOW, {"timesteps": "25"}, "timesteps", "Flow has none: it is continuous"),
         (EDM, {"timesteps": "ddim25"}, "timesteps", "EDM has none"),
-        (LINEAR, {"timesteps": [500, 0], "final_sigma": "min"}, "final_sigma", "leave that value out"),
-        (LINEAR, {"timesteps": "25", "final_sigma": "min"}, "final_sigma", "smallest sigma 0.01"),
-        (FLOW, {"sigmas": [0.5, 0.002], "final_sigma": "min"}, "final_sigma", "smallest sigma"),
+        (LINEAR, {"timesteps": [500, 0], "final_sigma": "min"}, "final_sigma", "leave the last value out"),
+        (LINEAR, {"timesteps": "25", "final_sigma": "min"}, "final_sigma", "ends at sigma 0.01"),
+        (FLOW, {"sigmas": [0.5, 0.002], "final_sigma": "min"}, "final_sigma", "ends at sigma"),
         *[
             (s, {"sigmas": [0.9, 0.5, 0], "final_sigma": "min"}, "final_sigma", "end in 0, got 'min'")
             for s in (LINEAR, FLOW, EDM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ..path import Floats, NoisePath, log_ratio
-from .checks import _count, _descending, _numbers
+from .checks import _count, _descending, _is_number, _numbers
 from .curves import _shape_of_beta, _sigma_curve
 from .respacing import _respaced
 
@@ -62,7 +63,7 @@ class Schedule(ABC):
         rho: float = 7.0,
         beta: Sequence[float] = (0.6, 0.6),
         strength: float = 1.0,
-        final_sigma: Literal["zero", "min"] = "zero",
+        final_sigma: Literal["zero", "min"] | float = "zero",
     ) -> NoisePath:
         """The grid of one sampling run.
 
@@ -78,31 +79,35 @@ class Schedule(ABC):
         sigmas: "karras" (Karras et al. 2022, eq. 5, with rho), "exponential" (rho to infinity), "beta" (quantiles of a
             Beta distribution, Lee et al. 2024; needs scipy), all three from the schedule's largest sigma to its
             smallest; or descending values: sigma / alpha as in k-diffusion, on flow paths sigma itself, which is not
-            shifted again. A trailing 0 is the end point.
+            shifted again. A trailing 0 is the end point, and so is the last of N + 1 sigmas beside N timesteps, as
+            schedulers have them. Other lists go on to clean data.
         rho, beta: the exponent of "karras"; the two parameters of "beta".
         strength: in (0, 1], image-to-image: only the last int(N strength) steps are run.
         final_sigma: where the last step ends: "zero" at clean data, "min" at the schedule's smallest sigma. A grid
             whose own last point that is (all sigma grids, linspace, leading without offset) has N + 1 points then, the
-            last of which is the end point.
+            last of which is the end point. A number: at that sigma, in the unit of `sigmas`.
         Raises ValueError naming the argument.
         """
         made = {name: value for name, value in locals().items() if name != "self"}
         if spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f'spacing: expected "leading", "trailing" or "linspace", got {spacing!r}')
-        if final_sigma not in ("zero", "min"):
-            raise ValueError(f'final_sigma: expected "zero" or "min", got {final_sigma!r}')
-        if not 0.0 < strength <= 1.0:
-            raise ValueError(f"strength: expected a number in (0, 1], got {strength}")
-        if not 0.1 <= rho <= 1e3:  # beyond, sigma^(1/rho) or its power leaves float64
-            raise ValueError(f"rho: expected a number in [0.1, 1000], got {rho}")
+        if final_sigma not in ("zero", "min") and not (_is_number(final_sigma) and 0 < final_sigma < math.inf):
+            raise ValueError(f'final_sigma: expected "zero", "min" or a positive number, got {final_sigma!r}')
+        if not (_is_number(strength) and 0.0 < strength <= 1.0):
+            raise ValueError(f"strength: expected a number in (0, 1], got {strength!r}")
+        if not (_is_number(rho) and 0.1 <= rho <= 1e3):  # beyond, sigma^(1/rho) or its power leaves float64
+            raise ValueError(f"rho: expected a number in [0.1, 1000], got {rho!r}")
         beta = _shape_of_beta(beta)
         given_sigmas = self._given_sigmas(sigmas, final_sigma)
         given_times = self._given_timesteps(timesteps)
         if given_sigmas is None and given_times is not None:
             _descending("timesteps", given_times)
+        if given_sigmas is not None and given_times is not None and len(given_sigmas) == len(given_times) + 1:
+            final_sigma, given_sigmas = float(given_sigmas[-1]), given_sigmas[:-1]
         steps = _count(steps, given_times, given_sigmas)
 
-        end = np.array([0.0 if final_sigma == "zero" else self._sigma_range()[0]])
+        ends = {"zero": 0.0, "min": self._sigma_range()[0]}
+        end = np.array([ends[final_sigma] if isinstance(final_sigma, str) else float(final_sigma)])
         end_alpha, end_sigma = self._levels_of_sigmas(end)
         furthest = log_ratio(end_alpha, end_sigma)[0] - ONE_LEVEL
         told = given_times
@@ -113,7 +118,7 @@ class Schedule(ABC):
         else:
             curve = sigmas if isinstance(sigmas, str) else None
             alpha, sigma, times = self._grid(steps, spacing, offset, curve, rho, beta)
-            if log_ratio(alpha, sigma)[-1] >= furthest:
+            if final_sigma == "min" and log_ratio(alpha, sigma)[-1] >= furthest:
                 if self.discrete and times is not None and steps == self.train_steps:
                     raise ValueError(
                         f'final_sigma: "min" takes the last of {steps} training timesteps for the end point, which '
@@ -124,8 +129,8 @@ class Schedule(ABC):
             told = times if told is None else told
         if log_ratio(alpha, sigma)[-1] >= furthest:
             raise ValueError(
-                f'final_sigma: the last value given is at the smallest sigma {end[0]:g}, where "min" would end; use '
-                '"zero" or leave that value out'
+                f"final_sigma: {final_sigma!r} ends at sigma {end[0]:g}, where the last step would start or beyond; use "
+                '"zero" or leave the last value out'
             )
         if told is None:
             told = np.array([self.timestep_at(lam) for lam in log_ratio(alpha, sigma).tolist()])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 
 import numpy as np
 
 from ..path import Floats
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _numbers(name: str, values: Sequence[float] | Floats) -> Floats:

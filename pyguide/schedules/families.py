@@ -29,6 +29,11 @@ class VariancePreserving(Schedule):
         self._lam = 0.5 * (log_ratio(table, 1.0 - table))
         self._known = np.isfinite(self._lam)  # a zero terminal SNR has lam = -inf at the last step
 
+    def __repr__(self) -> str:
+        with np.errstate(over="ignore"):
+            low, high = np.exp(-self._lam[[0, -1]])
+        return f"VariancePreserving({self.train_steps} training steps, sigma/alpha {low:.3g} to {high:.4g})"
+
     def alpha_sigma(self, lam: float) -> tuple[float, float]:
         if lam == math.inf:
             return 1.0, 0.0
@@ -95,6 +100,9 @@ class Flow(Schedule):
         if self.terminal is not None and not 0 < self.terminal < 1:
             raise ValueError(f"terminal: expected a sigma between 0 and 1, got {terminal}")
 
+    def __repr__(self) -> str:
+        return f"Flow(shift={self.shift:g}, train_steps={self.train_steps}, terminal={self.terminal})"
+
     def alpha_sigma(self, lam: float) -> tuple[float, float]:
         if lam >= 0:
             ratio = math.exp(-lam)
@@ -142,6 +150,9 @@ class EDM(Schedule):
         if not (math.isfinite(sigma_data) and sigma_data > 0):
             raise ValueError(f"sigma_data: expected a positive number, got {sigma_data}")
         self.sigma_min, self.sigma_max, self.sigma_data = float(sigma_min), float(sigma_max), float(sigma_data)
+
+    def __repr__(self) -> str:
+        return f"EDM(sigma_min={self.sigma_min:g}, sigma_max={self.sigma_max:g}, sigma_data={self.sigma_data:g})"
 
     def alpha_sigma(self, lam: float) -> tuple[float, float]:
         return 1.0, math.exp(-lam)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ..path import Level, NoisePath
 from ..prediction import check_prediction, conversion
 from ..reference import clamp, combine
 from ..trace import Output
-from .aliases import Alias, normalised
+from .aliases import Alias
 from .aliases import find as find_alias
 from .kdiffusion import adapt, is_kdiffusion
 
@@ -70,14 +69,7 @@ def alias(name: str) -> Alias:
     >>> alias("DPM++ 2M Karras")
     Alias(solver='dpmpp_2m', options={}, path={'sigmas': 'karras'})
     """
-    if name in _SOLVERS:
-        return Alias(name)
-    found = find_alias(name, _SOLVERS)
-    if found is None:
-        near = difflib.get_close_matches(normalised(name), names(), n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"solver: expected one of {', '.join(names())}, an alias, or a function; got {name!r}{hint}")
-    return found
+    return Alias(name) if name in _SOLVERS else find_alias(name, _SOLVERS)
 
 
 def resolve(choice: str | Solver) -> Solver:
@@ -106,8 +98,9 @@ def prepare(choice: str | Solver, path: NoisePath, options: dict[str, Any]) -> P
     function, name = resolve(choice), choice if isinstance(choice, str) else getattr(choice, "__name__", "function")
     if isinstance(choice, str):
         stands_for = alias(choice)
-        name, options = stands_for.solver, {**stands_for.options, **options}
         path = _on_grid(choice, path, stands_for.path)
+        defaults = {key: value(path) if callable(value) else value for key, value in stands_for.options.items()}
+        name, options = stands_for.solver, {**defaults, **options}
     check_options(function, options)
     return Prepared(name, function, path, options)
 
