@@ -30,9 +30,9 @@ BOTH_ENDS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_scheduler_by_name(name: str, steps: int) -> None:
     scheduler = name.removesuffix("Scheduler")
-    # by default PNDM's last step would go from a level to itself
+    # by default PNDM's last step would go from a level to itself, and at odd T // N it is off by half a timestep
     config = {"steps_offset": 1} if scheduler == "PNDM" else {}
-    steps = 8 if scheduler == "PNDM" and steps == 9 else steps  # at odd T // N it is half a timestep off, see the defects
+    steps = 5 if scheduler == "PNDM" and steps == 9 else steps
     ends = ["zero", "sigma_min"] if scheduler in BOTH_ENDS else [None]
     for end in ends:
         case = Case(scheduler, config if end is None else {**config, "final_sigmas_type": end}, steps, name)

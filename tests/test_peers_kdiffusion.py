@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -186,16 +185,16 @@ def test_own_names_make_the_same_grid(name: str) -> None:
     assert distance(case.sample([plan], torch.float32), case.peer["float32"]) <= case.bound("float32")
 
 
-def test_independent_noises_are_another_sampler() -> None:
+def test_independent_noises_are_another_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the Brownian cases: with a fresh normal for each of the two noises of a step, the same solver is
     far from the peer."""
     case = case_of("dpmpp_sde-edm")
     noises = iter(torch.from_numpy(STORED["noises"]).double())
 
-    def independent(model: Any, x: Any, path: Any, *, noise: Any) -> Any:
-        return solvers.resolve("dpmpp_sde")(model, x, replace(path, _increments=lambda s, t: next(noises)), noise=noise)
-
-    x = solvers.sample(independent, case.network, case.start(torch.float64), case.path, prediction=case.kind)
+    monkeypatch.setattr(NoisePath, "brownian", lambda path, s, t: next(noises))
+    start = case.start(torch.float64)
+    x = solvers.sample("dpmpp_sde", case.network, start, case.path, prediction=case.kind)
+    monkeypatch.undo()
     assert case.path.alpha[-1] == 1
     assert distance(case.solve(), case.peer["float64"]) <= EXACT
     assert distance(x, case.peer["float64"]) > 0.1

@@ -14,7 +14,6 @@ from gaussians import alternating, exact, fitted_order, gentle_start, network_of
 import pyguide
 from pyguide import schedules, solvers
 from pyguide.solvers.deis import moment
-from pyguide.solvers.dpmpp import phi
 
 X = np.random.default_rng(0).standard_normal(6)
 Z = np.random.default_rng(1).standard_normal((12, 6))
@@ -144,7 +143,7 @@ def test_dpm_solver_sde(name: str, kind: str, lower: bool) -> None:
 
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("on", ["data", "noise"])
-@pytest.mark.parametrize("without", [(), (0,), (1, 3), (2, 50)])
+@pytest.mark.parametrize("without", [(), (0,), (1, 3), (2, 6)])
 def test_unipc_2_with_chosen_correctors(name: str, on: str, without: tuple[int, ...]) -> None:
     """UniPC-2 with B = e^z - 1 (bh2), algorithms 1 and 2, each system of two equations solved by Cramer's rule."""
     path, Ds, F, old, used, x = PATHS[name], [], [], None, 0, X * PATHS[name].init_scale
@@ -177,7 +176,8 @@ def test_unipc_2_with_chosen_correctors(name: str, on: str, without: tuple[int, 
         F.append(value)
         old, used = x, min(2, i + 1, path.steps - i)
         x = update(x, i, used)
-    same(sample("unipc", path, predict_x0=on == "data", disable_corrector=without), x)
+    steps = [k for k in without if k < path.steps]
+    same(sample("unipc", path, predict_x0=on == "data", disable_corrector=steps), x)
 
 
 @pytest.mark.parametrize("predict_x0", [True, False])
@@ -214,13 +214,6 @@ def test_a_corrector_answers_an_edit_through_the_prediction_alone(predict_x0: bo
 def quadrature(f: Any, low: float, high: float) -> float:
     nodes, weights = np.polynomial.legendre.leggauss(60)
     return float((weights * f((high - low) / 2 * nodes + (high + low) / 2)).sum() * (high - low) / 2)
-
-
-@pytest.mark.parametrize("z", [-40.0, -3.0, -1.0, -0.9999, -1e-3, 1e-9, 0.5, 1.0, 20.0])
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_phi(n: int, z: float) -> None:
-    wanted = quadrature(lambda v: np.exp((1 - v) * z) * v ** (n - 1) / math.factorial(n - 1), 0.0, 1.0)
-    assert phi(n, z) == pytest.approx(wanted, rel=1e-13)
 
 
 @pytest.mark.parametrize("h", [1e-6, 0.3, 1.0, 4.0, 30.0, 99.0, 101.0, math.inf])
@@ -286,21 +279,6 @@ def test_the_noise_of_weight_zero_is_not_drawn(name: str) -> None:
         assert not drawn("vp-min", **options)
 
 
-REFUSED = [
-    *((name, {"solver_type": "bh1"}) for name in NAMES if "2m" in name or name in ("dpmpp_3m", "dpm_solver_3m")),
-    *((name, {"eta": value}) for name in STOCHASTIC[:2] for value in (-0.1, math.nan, math.inf)),
-    *((name, {"s_noise": -1.0}) for name in STOCHASTIC[:2]),
-    *(("deis", {"order": order}) for order in (0, 4, 2.5)),
-    *(("unipc", {"disable_corrector": value}) for value in (3, (-1,), (1.5,), "01")),
-]
-
-
-@pytest.mark.parametrize(("name", "options"), REFUSED)
-def test_options_refused(name: str, options: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected .*, got "):
-        sample(name, PATHS["vp"], lambda x, t: pytest.fail("the model was called"), **options)
-
-
 # ---- one method, two names -------------------------------------------------------------------------------------------
 HEUN, EXACT = {"solver_type": "heun"}, {"exact_curvature": True}
 UNIP_3 = {"corrector": False, "order": 3, "lower_order_final": False}
@@ -314,7 +292,8 @@ ONE = [
     ("dpmpp_2m_sde", {"eta": 0.0, **HEUN}, "dpmpp_2m", HEUN, PATHS),
     ("dpmpp_3m_sde", {"eta": 0.0}, "dpmpp_3m", HEUN, PATHS),
     ("dpmpp_3m_sde", {"eta": 0.0, **EXACT}, "dpmpp_3m", {**HEUN, **EXACT}, PATHS),
-    ("unipc", {"disable_corrector": range(7)}, "unipc", {"corrector": False}, PATHS),
+    ("unipc", {"disable_corrector": range(7)}, "unipc", {"corrector": False}, [k for k in PATHS if k != "one"]),
+    ("unipc", {"disable_corrector": (0,)}, "unipc", {"corrector": False}, ("one",)),
     ("unipc", {"corrector": False, "predict_x0": False}, "dpm_solver_2m", {"lower_order_final": True}, PATHS),
     # one slope from three points of which one is pure noise: the limit of the parabola, or 1/2 as for any one slope
     ("unipc", UNIP_3, "dpmpp_3m", EXACT, ("vp", "vp-min", "edm")),

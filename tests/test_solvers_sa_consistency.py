@@ -12,7 +12,6 @@ from scipy.integrate import quad
 
 import pyguide
 from pyguide import schedules, solvers
-from pyguide.solvers.sa_solver import _moments
 
 X = np.random.default_rng(0).standard_normal(6)
 Z = np.random.default_rng(1).standard_normal((12, 6))
@@ -89,18 +88,6 @@ def test_sa_solver(tau: Any, orders: tuple[int, int], final: bool) -> None:
         lower_order_final=final,
     )
     same(got, x, 1e-11 if max(orders) == 4 else 1e-12)  # weights of +-10 and more cancel at order 4
-
-
-@pytest.mark.parametrize("z", [1e-12, 1e-6, 0.01, 0.3, 0.999, 1.001, 3.0, 30.0, 300.0])
-def test_moments_of_the_exponential(z: float) -> None:
-    """int_0^1 e^(-z (1 - v)) v^n dv; the series of powers of z where that converges at once, else quadrature."""
-    for n, found in enumerate(_moments(z, 4)):
-        if z < 1:
-            wanted = math.fsum((-z) ** m * math.factorial(n) / math.factorial(n + m + 1) for m in range(30))
-        else:
-            low = max(0.0, 1 - 50 / z)  # before, the integrand is below e^-50
-            wanted = quad(lambda v: math.exp(-z * (1 - v)) * v**n, low, 1, epsabs=0, epsrel=1e-13)[0]  # noqa: B023
-        assert found == pytest.approx(wanted, rel=1e-13)
 
 
 def test_the_window_of_tau_on_edm_paths() -> None:

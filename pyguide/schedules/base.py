@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from ..path import Floats, NoisePath, log_ratio
-from .checks import _count, _descending, _is_number, _numbers
+from .checks import _count, _descending, _is_positive, _numbers
 from .curves import _shape_of_beta, _sigma_curve
 from .respacing import _respaced
 
@@ -91,11 +90,11 @@ class Schedule(ABC):
         made = {name: value for name, value in locals().items() if name != "self"}
         if spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f'spacing: expected "leading", "trailing" or "linspace", got {spacing!r}')
-        if final_sigma not in ("zero", "min") and not (_is_number(final_sigma) and 0 < final_sigma < math.inf):
+        if not (final_sigma in ("zero", "min") if isinstance(final_sigma, str) else _is_positive(final_sigma)):
             raise ValueError(f'final_sigma: expected "zero", "min" or a positive number, got {final_sigma!r}')
-        if not (_is_number(strength) and 0.0 < strength <= 1.0):
+        if not (_is_positive(strength) and strength <= 1.0):
             raise ValueError(f"strength: expected a number in (0, 1], got {strength!r}")
-        if not (_is_number(rho) and 0.1 <= rho <= 1e3):  # beyond, sigma^(1/rho) or its power leaves float64
+        if not (_is_positive(rho) and 0.1 <= rho <= 1e3):  # beyond, sigma^(1/rho) or its power leaves float64
             raise ValueError(f"rho: expected a number in [0.1, 1000], got {rho!r}")
         beta = _shape_of_beta(beta)
         given_sigmas = self._given_sigmas(sigmas, final_sigma)
@@ -129,8 +128,8 @@ class Schedule(ABC):
             told = times if told is None else told
         if log_ratio(alpha, sigma)[-1] >= furthest:
             raise ValueError(
-                f"final_sigma: {final_sigma!r} ends at sigma {end[0]:g}, where the last step would start or beyond; use "
-                '"zero" or leave the last value out'
+                f"final_sigma: {final_sigma!r} ends at sigma {end[0]:g}, where the last step would start or beyond; "
+                'use "zero" or leave the last value out'
             )
         if told is None:
             told = np.array([self.timestep_at(lam) for lam in log_ratio(alpha, sigma).tolist()])
@@ -155,7 +154,7 @@ class Schedule(ABC):
             return *self.levels_of_timesteps(times), times
         return *self._levels_of_sigmas(_sigma_curve(curve or "karras", points, *self._sigma_range(), rho, beta)), None
 
-    def _given_sigmas(self, sigmas: str | Sequence[float] | None, final_sigma: str) -> Floats | None:
+    def _given_sigmas(self, sigmas: str | Sequence[float] | None, final_sigma: str | float) -> Floats | None:
         """The sigmas that are given as values, without an end point 0."""
         if sigmas is None or isinstance(sigmas, str):
             return None

@@ -12,8 +12,9 @@ import numpy as np
 from ..path import Floats
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+def _is_positive(value: object) -> bool:
+    """A finite number above 0, of any numeric type but bool."""
+    return isinstance(value, numbers.Real) and type(value) is not bool and 0 < float(value) < math.inf
 
 
 def _numbers(name: str, values: Sequence[float] | Floats) -> Floats:

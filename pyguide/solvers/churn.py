@@ -9,6 +9,7 @@ from typing import Any
 
 from ..path import Level, NoisePath
 from ..schedules import Flow
+from .checks import number
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Churn:
     """In y = x/alpha and s = sigma/alpha:  s^ = s (1 + gamma),  y^ = y + sqrt(s^^2 - s^2) s_noise z,
 
     with gamma = min(s_churn / N, sqrt(2) - 1) where s_tmin <= s <= s_tmax, else 0. Not on flow paths, where adding
-    noise also scales the data: ValueError. Source: Karras et al. 2022, algorithm 2, lines 4 to 6.
+    noise also scales the data: ValueError, as for numbers below 0. Source: Karras et al. 2022, algorithm 2, lines 4-6.
     """
 
     path: NoisePath
@@ -26,8 +27,11 @@ class Churn:
     s_noise: float
 
     def __post_init__(self) -> None:
-        if not self.s_churn >= 0:
-            raise ValueError(f"s_churn: expected a number >= 0, got {self.s_churn}")
+        for name in ("s_churn", "s_tmin", "s_tmax"):
+            object.__setattr__(self, name, number(name, getattr(self, name), finite=False))
+        object.__setattr__(self, "s_noise", number("s_noise", self.s_noise))
+        if self.s_tmin > self.s_tmax:
+            raise ValueError(f"s_tmin: expected a number <= s_tmax = {self.s_tmax:g}, got {self.s_tmin:g}")
         if self.s_churn > 0 and isinstance(self.path.schedule, Flow):
             raise ValueError(
                 "s_churn: churn is defined where noise can be added without scaling the data, not on flow paths"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..path import Level, NoisePath
+from .checks import number
 from .registry import solver
 
 
@@ -27,8 +28,8 @@ def lcm(
     evaluation a step. Source: Luo et al. 2023, algorithm 3 and appendix on its parameterization; Song et al. 2023,
     algorithm 1.
     """
-    if timestep_scaling is not None and not 0 < timestep_scaling < math.inf:
-        raise ValueError(f"timestep_scaling: expected a positive number or None, got {timestep_scaling!r}")
+    if timestep_scaling is not None:
+        timestep_scaling = number("timestep_scaling", timestep_scaling, above=True, or_else=" or None")
     for i in range(path.steps):
         D = model(x, i).denoised
         if timestep_scaling is not None and path.schedule.train_steps > 0:
@@ -49,8 +50,7 @@ def tcd(model: Callable[..., Any], x: Any, path: NoisePath, *, noise: Callable[[
     whole timesteps; on edm paths, whose time is sigma itself (Karras et al. 2022), it is (1 - eta) sigma'. The last
     step has no noise. One evaluation a step. Source: Zheng et al. 2024, algorithm 4 (strategic stochastic sampling).
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
+    eta = number("eta", eta, high=1.0)
     inner = [_past(path, i + 1, eta) for i in range(path.steps)]
     for i, past in enumerate(inner):
         out = model(x, i)

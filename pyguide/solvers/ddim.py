@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..path import Level, NoisePath
+from .checks import flag, number
 from .churn import Churn
 from .registry import solver
 
@@ -17,16 +18,35 @@ def ddim_step(x: Any, D: Any, here: Level, ahead: Level) -> Any:
     return x * ratio + D * (ahead.alpha - here.alpha * ratio)
 
 
-def ancestral_sigma(path: NoisePath, i: int, eta: float) -> float:
-    """Standard deviation of the noise of step i: eta sigma' sqrt(1 - (sigma'/alpha')^2 / (sigma/alpha)^2), at most
-    sigma'.
+def noise_estimate(x: Any, D: Any, level: Level) -> Any:
+    """E = (x - alpha D) / sigma, the noise that D leaves of x, and dy/ds of y = x/alpha in s = sigma/alpha.
 
-    On variance-preserving paths this is DDIM eq. 16; in k-diffusion's terms it is alpha' sigma_up.
+    From the clipped D, so that a clip acts on it.
     """
-    if path.sigma[i + 1] == 0:
-        return 0.0
-    ahead = float(path.sigma[i + 1])
-    return min(ahead, eta * ahead * math.sqrt(-math.expm1(2 * (path.lam[i] - path.lam[i + 1]))))
+    return (x - D * level.alpha) / level.sigma
+
+
+def slope_weight(here: Level, ahead: Level) -> float:
+    """alpha' (s' - s), what E weighs in DDIM's step: x' = x alpha'/alpha + alpha' (s' - s) E."""
+    return ahead.sigma - ahead.alpha * (here.sigma / here.alpha)
+
+
+def without_alpha(level: Level) -> Level:
+    """A flow path's level in its own variable: dx/dsigma = (x - D) / sigma is the ODE of alpha = 1."""
+    return Level(1.0, level.sigma, -math.log(level.sigma) if level.sigma > 0 else math.inf, level.timestep)
+
+
+def down_and_up(here: Level, ahead: Level, eta: float) -> tuple[Level, float]:
+    """(the level of s_down at the alpha of `ahead`, alpha' s_up): noise of the second takes the first to `ahead`.
+
+    s_up = eta s' sqrt(1 - (s'/s)^2), at most s', and s_down^2 + s_up^2 = s'^2, with s = sigma/alpha. On
+    variance-preserving paths alpha' s_up is DDIM's eq. 16.
+    """
+    up = min(1.0, eta * math.sqrt(-math.expm1(2 * (here.lam - ahead.lam))))
+    share = (1 - eta) * (1 + eta) + eta * eta * math.exp(2 * (here.lam - ahead.lam))  # 1 - up^2, without the difference
+    down = math.sqrt(max(0.0, share))
+    lam = ahead.lam - math.log(down) if down > 0 else math.inf
+    return Level(ahead.alpha, ahead.sigma * down, lam, ahead.timestep), ahead.sigma * up
 
 
 @solver("ddim", order=1, source="Song, Meng, Ermon 2021, eq. 12 and 16")
@@ -41,16 +61,15 @@ def ddim(
 ) -> Any:
     """x' = alpha' D + sqrt(sigma'^2 - s^2) E + s z, s = eta sigma' sqrt(1 - SNR / SNR').
 
-    eta: 0 deterministic, 1 ancestral (DDPM). use_clipped_model_output: re-derive E from the clipped D, as its authors
-    do; otherwise E is the model's own. Source: Song, Meng, Ermon 2021, eq. 12 and 16. Order 1, one evaluation a step.
+    eta: 0 deterministic, 1 ancestral (DDPM). use_clipped_model_output: re-derive E from the clipped D, as
+    improved-diffusion and GLIDE do; otherwise E is the model's own. Order 1, one evaluation a step.
+    Source: Song, Meng, Ermon 2021, eq. 12 and 16.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
+    eta, rederived = number("eta", eta, high=1.0), flag("use_clipped_model_output", use_clipped_model_output)
     for i in range(path.steps):
-        out = model(x, i)
-        direction = (x - out.denoised * path.alpha[i]) / path.sigma[i] if use_clipped_model_output else out.noise
-        s = ancestral_sigma(path, i, eta)
-        x = out.denoised * path.alpha[i + 1] + direction * math.sqrt(path.sigma[i + 1] ** 2 - s * s)
+        here, out = path.level(i), model(x, i)
+        down, s = down_and_up(here, path.level(i + 1), eta)
+        x = out.denoised * down.alpha + (noise_estimate(x, out.denoised, here) if rederived else out.noise) * down.sigma
         if s > 0:
             x = x + noise(i) * s
     return x
@@ -92,15 +111,14 @@ def euler_ancestral(
 ) -> Any:
     """x'/alpha' = D + (s_down / s) (x/alpha - D) + s_up s_noise z, s = sigma/alpha, s_down^2 + s_up^2 = s'^2.
 
-    Source: k-diffusion, sample_euler_ancestral; at s_noise 1 it equals DDIM with the same eta. One evaluation a step.
+    Source: k-diffusion, sample_euler_ancestral; at s_noise 1 it is DDIM of the same eta, up to 1, with its
+    use_clipped_model_output. Weak order 1, one evaluation a step.
     """
-    if not eta >= 0:
-        raise ValueError(f"eta: expected a number >= 0, got {eta}")
+    eta, s_noise = number("eta", eta), number("s_noise", s_noise)
     for i in range(path.steps):
-        out = model(x, i)
-        up = ancestral_sigma(path, i, eta)
-        down = math.sqrt(path.sigma[i + 1] ** 2 - up * up)
-        x = x * (down / path.sigma[i]) + out.denoised * (path.alpha[i + 1] - path.alpha[i] * down / path.sigma[i])
-        if up > 0:
+        here = path.level(i)
+        down, up = down_and_up(here, path.level(i + 1), eta)
+        x = ddim_step(x, model(x, i).denoised, here, down)
+        if up * s_noise > 0:
             x = x + noise(i) * (up * s_noise)
     return x

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..path import NoisePath
+from .checks import choice
 from .registry import solver
 
 
@@ -22,8 +23,7 @@ def ddpm(
     where they are a unit normal. No noise at clean data. On training steps of a DDPM v is beta_t; a grid of fewer steps
     is its respaced process. Weak order 1, one evaluation a step. Source: Ho et al. 2020, eq. 6, 7 and algorithm 2.
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f'variance: expected "small" or "large", got {variance!r}')
+    choice("variance", variance, ("small", "large"))
     for i in range(path.steps):
         D = model(x, i).denoised
         kept = (path.sigma[i + 1] / path.sigma[i]) ** 2

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..path import NoisePath
-from .ddim import ddim_step
-from .dpmpp import divided_differences, phi
+from .checks import flag, whole
+from .ddim import ddim_step, noise_estimate
+from .exponential import divided_differences, phi
 from .registry import solver
 
 
@@ -38,13 +39,12 @@ def deis(
     is of order 1, the one before of order 2 at most. One evaluation a step.
     Source: Zhang, Chen 2023, eq. 13 to 15 (tAB-DEIS); polynomials in log rho as in diffusers, DEISMultistepScheduler.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
+    order, lower_order_final = whole("order", order, 1, 3), flag("lower_order_final", lower_order_final)
     recent: list[Any] = []  # E at the last grid points, newest first
     for i in range(path.steps):
-        D = model(x, i).denoised
-        recent = [(x - D * path.alpha[i]) / path.sigma[i], *recent[: order - 1]]
-        x = ddim_step(x, D, path.level(i), path.level(i + 1))
+        here, D = path.level(i), model(x, i).denoised
+        recent = [noise_estimate(x, D, here), *recent[: order - 1]]
+        x = ddim_step(x, D, here, path.level(i + 1))
         used = min(order, i + 1, path.steps - i if lower_order_final else order)
         if used == 1:
             continue

@@ -9,6 +9,7 @@ from typing import Any
 from ..path import Level, NoisePath
 from ..schedules import Flow
 from .churn import Churn
+from .ddim import without_alpha
 from .registry import solver
 from .singlestep import SingleStep, between
 from .singlestep_sde import ancestral_run
@@ -42,7 +43,7 @@ def dpm2(
         here, ahead = churn.level(i), path.level(i + 1)
         if isinstance(path.schedule, Flow):
             told = _halved_in_sigma(path, here, ahead)
-            steps.append(SingleStep([_without_alpha(level) for level in told], on_noise=True, told=told))
+            steps.append(SingleStep([without_alpha(level) for level in told], on_noise=True, told=told))
         else:
             steps.append(SingleStep(between(path, here, ahead, 2), on_noise=True))
     for i, step in enumerate(steps):
@@ -54,11 +55,6 @@ def _halved_in_sigma(path: NoisePath, here: Level, ahead: Level) -> list[Level]:
     """`here`, the level of a flow path at the geometric mean of the two sigmas, `ahead`; no such level if one is 0."""
     middle = math.sqrt(here.sigma * ahead.sigma)
     return [here, *([path.at(math.log((1 - middle) / middle))] if middle > 0 else []), ahead]
-
-
-def _without_alpha(level: Level) -> Level:
-    """A flow path's level in its own variable: dx/dsigma = (x - D) / sigma is the ODE of alpha = 1."""
-    return Level(1.0, level.sigma, -math.log(level.sigma) if level.sigma > 0 else math.inf, level.timestep)
 
 
 @solver("dpm2_ancestral", order=2, source="k-diffusion, sample_dpm_2_ancestral")

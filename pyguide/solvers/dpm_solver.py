@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..path import NoisePath
-from .ddim import ddim_step
-from .dpmpp import check_solver_type, mixed, step_order
+from .checks import choice, flag
+from .ddim import ddim_step, noise_estimate
+from .dpmpp import SOLVER_TYPES, mixed, step_order
 from .registry import solver
 
 
@@ -29,12 +30,14 @@ def on_noise(
     exact_curvature: bool = False,
 ) -> Any:
     """The methods on E, of the ODE."""
-    check_solver_type(solver_type)
+    lower_order_final = flag("lower_order_final", lower_order_final)
+    choice("solver_type", solver_type, SOLVER_TYPES)
+    exact_curvature = flag("exact_curvature", exact_curvature)
     recent: list[Any] = []  # E at the last grid points, newest first
     for i in range(path.steps):
-        D = model(x, i).denoised
-        recent = [(x - D * path.alpha[i]) / path.sigma[i], *recent[: order - 1]]
-        x = ddim_step(x, D, path.level(i), path.level(i + 1))
+        here, D = path.level(i), model(x, i).denoised
+        recent = [noise_estimate(x, D, here), *recent[: order - 1]]
+        x = ddim_step(x, D, here, path.level(i + 1))
         used = step_order(path, i, order, lower_order_final)
         if used > 1:
             h = float(path.lam[i + 1] - path.lam[i])
@@ -124,16 +127,17 @@ def dpm_solver_2m_sde(
     reason given in dpmpp_sde.py, one evaluation a step.
     Source: diffusers, DPMSolverMultistepScheduler, sde-dpmsolver, which refuses paths that end at clean data.
     """
-    check_solver_type(solver_type)
+    lower_order_final = flag("lower_order_final", lower_order_final)
+    choice("solver_type", solver_type, SOLVER_TYPES)
     recent: list[Any] = []  # E at the last grid points, newest first
     for i in range(path.steps):
-        D = model(x, i).denoised
-        recent = [(x - D * path.alpha[i]) / path.sigma[i], *recent[:1]]
+        here, D = path.level(i), model(x, i).denoised
+        recent = [noise_estimate(x, D, here), *recent[:1]]
         h = float(path.lam[i + 1] - path.lam[i])
         if math.isfinite(h):
             growth = float(path.alpha[i + 1] / path.alpha[i])
             # growth x - 2 sigma' expm1(h) E, with the large parts of E left out: they cancel
-            x = ddim_step(x, D, path.level(i), path.level(i + 1)) * 2.0 - x * growth
+            x = ddim_step(x, D, here, path.level(i + 1)) * 2.0 - x * growth
             if step_order(path, i, 2, lower_order_final) > 1:
                 x = x - mixed(path, i, recent, h, solver_type) * (2 * path.sigma[i + 1] * math.expm1(h))
             added = growth * path.sigma[i] * math.sqrt(-math.expm1(-2 * h))

@@ -20,30 +20,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..path import NoisePath
+from .checks import choice, flag, number
+from .exponential import divided_differences, phi
 from .registry import solver
 
-
-def phi(n: int, z: float) -> float:
-    """phi_n(z), n >= 1: phi_1 = (e^z - 1) / z, phi_(n+1) = (phi_n - 1 / n!) / z, and its series where that cancels."""
-    if abs(z) < 1:
-        return math.fsum(z**j / math.factorial(n + j) for j in range(18))
-    value = math.expm1(z) / z
-    for k in range(1, n):
-        value = (value - 1 / math.factorial(k)) / z
-    return value
-
-
-def divided_differences(path: NoisePath, i: int, recent: Sequence[Any]) -> list[Any]:
-    """Newton's divided differences in lam, of F at grid points i, i - 1, ... (`recent`): of order 1, 2, ...
-
-    Those that reach a point of pure noise, lam = -inf, are 0: it says nothing about the slope.
-    """
-    level, found = list(recent), []
-    for k in range(1, len(recent)):
-        for j in range(len(recent) - k):
-            level[j] = (level[j] - level[j + 1]) * float(1 / (path.lam[i - j] - path.lam[i - j - k]))
-        found.append(level[0])
-    return found
+SOLVER_TYPES = ("midpoint", "heun")
 
 
 def step_order(path: NoisePath, i: int, order: int, lower_order_final: bool) -> int:
@@ -65,11 +46,6 @@ def mixed(
     return (slope + curvature[0] * last) * (h * phi(2, z) / phi(1, z)) + curvature[0] * (h * h * weight / phi(1, z))
 
 
-def check_solver_type(solver_type: str) -> None:
-    if solver_type not in ("midpoint", "heun"):
-        raise ValueError(f'solver_type: expected "midpoint" or "heun", got {solver_type!r}')
-
-
 def on_data(
     model: Callable[..., Any],
     x: Any,
@@ -84,10 +60,10 @@ def on_data(
     s_noise: float = 1.0,
 ) -> Any:
     """The methods on D, of the ODE (eta 0) and of the SDE: see dpmpp_sde.py for its terms in eta."""
-    check_solver_type(solver_type)
-    for name, value in (("eta", eta), ("s_noise", s_noise)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    lower_order_final = flag("lower_order_final", lower_order_final)
+    choice("solver_type", solver_type, SOLVER_TYPES)
+    exact_curvature = flag("exact_curvature", exact_curvature)
+    eta, s_noise = number("eta", eta), number("s_noise", s_noise)
     recent: list[Any] = []  # D at the last grid points, newest first
     for i in range(path.steps):
         D = model(x, i).denoised

@@ -9,6 +9,7 @@ from typing import Any
 from ..path import NoisePath
 from ..schedules import Flow
 from .churn import Churn
+from .ddim import ddim_step, noise_estimate, slope_weight, without_alpha
 from .registry import solver
 
 
@@ -39,12 +40,10 @@ def heun(
     for i in range(path.steps):
         x = churn.add(x, i, noise)
         here, ahead = churn.level(i), path.level(i + 1)
-        a, a_next = (1.0, 1.0) if flow else (here.alpha, ahead.alpha)
+        start, end = (without_alpha(here), without_alpha(ahead)) if flow else (here, ahead)
         D = model(x, here).denoised
-        d = (x - D * a) / here.sigma
-        # a' y^ + (s' - s^) a' d with the terms of x collected: they cancel to the last digits where s is large
-        x = x * (ahead.sigma / here.sigma) + D * (a_next - a * (ahead.sigma / here.sigma))
-        if ahead.sigma > 0 and (here.alpha > 0 or flow):
-            d_next = (x - model(x, ahead).denoised * a_next) / ahead.sigma
-            x = x + (d_next - d) * (a_next * (ahead.sigma / a_next - here.sigma / a) / 2)
+        d = noise_estimate(x, D, start)
+        x = ddim_step(x, D, start, end)
+        if end.sigma > 0 and start.alpha > 0:
+            x = x + (noise_estimate(x, model(x, ahead).denoised, end) - d) * (slope_weight(start, end) / 2)
     return x

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..path import Level, NoisePath
-from .ddim import ddim_step
+from .checks import whole
+from .ddim import ddim_step, noise_estimate, slope_weight
 from .registry import solver
 
 # weights of E at the last grid points, newest first, for 1 to 4 of them in equal steps (Adams, Bashforth 1883)
@@ -21,27 +22,12 @@ ADAMS_BASHFORTH = (
 )
 
 
-def noise_estimate(x: Any, D: Any, level: Level) -> Any:
-    """E = (x - alpha D) / sigma, which is dy/ds; from the clipped D, so that a clip acts on it."""
-    return (x - D * level.alpha) / level.sigma
-
-
-def slope_weight(here: Level, ahead: Level) -> float:
-    """alpha' (s' - s), what E weighs in DDIM's step: x' = x alpha'/alpha + alpha' (s' - s) E."""
-    return ahead.sigma - ahead.alpha * (here.sigma / here.alpha)
-
-
 def equal_step(x: Any, D: Any, recent: Sequence[Any], here: Level, ahead: Level) -> Any:
     """DDIM's step with the Adams-Bashforth mix of `recent`, E at this and earlier grid points, in place of E."""
     x = ddim_step(x, D, here, ahead)
     for weight, earlier in zip(ADAMS_BASHFORTH[len(recent) - 1][1:], recent[1:], strict=True):
         x = x + (earlier - recent[0]) * (weight * slope_weight(here, ahead))
     return x
-
-
-def check_order(order: int) -> None:
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"order: expected 1, 2, 3 or 4, got {order!r}")
 
 
 def lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
@@ -64,7 +50,7 @@ def lms(model: Callable[..., Any], x: Any, path: NoisePath, *, noise: Callable[[
     noise (s infinite) have no weight. The first steps are of order 1, 2, ..., which leaves order 2 to the run. One
     evaluation a step. Source: k-diffusion, sample_lms; the ODE is Karras et al. 2022, eq. 1 with s(t) = 1.
     """
-    check_order(order)
+    order = whole("order", order, 1, 4)
     ratio = np.exp(-path.lam)
     recent: list[tuple[float, Any]] = []  # (s, E), newest first
     for i in range(path.steps):
@@ -91,7 +77,7 @@ def ipndm(model: Callable[..., Any], x: Any, path: NoisePath, *, noise: Callable
     history on equal steps in s, 2 on grids that change their step smoothly, 1 where it jumps all along. E of pure noise
     is finite and counts like any other. One evaluation a step.
     """
-    check_order(order)
+    order = whole("order", order, 1, 4)
     recent: list[Any] = []  # E at the last grid points, newest first
     for i in range(path.steps):
         here = path.level(i)

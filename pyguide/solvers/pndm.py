@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..path import Level, NoisePath
-from .ddim import ddim_step
-from .linear_multistep import equal_step, noise_estimate, slope_weight
+from .checks import LARGEST_WEIGHT
+from .ddim import ddim_step, noise_estimate, slope_weight
+from .linear_multistep import equal_step
 from .registry import solver
-
-LARGEST_GAIN = 1e-9 / 2.0**-52  # of a rounding error within one step: above, a plan could not be certified to 1e-9
 
 
 @solver("plms", order=2, source="Liu et al. 2022, eq. 12; latent-diffusion, PLMSSampler")
@@ -55,7 +54,7 @@ def pndm(model: Callable[..., Any], x: Any, path: NoisePath, *, noise: Callable[
         E = noise_estimate(x, D, here)
         recent = [E, *recent[:3]]
         middle = halfway(path, i) if i < 3 and i + 1 < path.steps and here.alpha > 0 else None
-        if middle is None or gain(here, middle, ahead) > LARGEST_GAIN:
+        if middle is None or gain(here, middle, ahead) >= LARGEST_WEIGHT:
             x = equal_step(x, D, recent, here, ahead)
             continue
         half, whole = slope_weight(here, middle), slope_weight(here, ahead)

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..path import Floats, NoisePath
+from ..path import NoisePath
+from .checks import flag, number, whole
+from .exponential import phi
 from .registry import solver
 
 
@@ -39,9 +41,9 @@ def sa_solver(
     step. The defaults are of order 2, where tau > 0 in the weak sense, as trapezoids are with additive noise; strongly
     of order 1 there (the paper's theorems). Source: Xue et al. 2023, algorithm 1.
     """
-    for name, order, least in (("predictor_order", predictor_order, 1), ("corrector_order", corrector_order, 0)):
-        if order not in range(least, 5):
-            raise ValueError(f"{name}: expected an integer from {least} to 4, got {order!r}")
+    predictor_order = whole("predictor_order", predictor_order, 1, 4)
+    corrector_order = whole("corrector_order", corrector_order, 0, 4)
+    lower_order_final = flag("lower_order_final", lower_order_final)
     strength = _strengths(path, tau)
     D: dict[int, Any] = {}  # at the last grid points
     predicted: dict[int, float] = {}  # weights of D_j - D_i in the last predictor step
@@ -75,43 +77,26 @@ def _strengths(path: NoisePath, tau: float | Callable[[float], float] | None) ->
         ]
         return [float(value) for value in inside]
     values = [tau(float(t)) if callable(tau) else tau for t in path.timestep]
-    for value in values:
-        if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-            raise ValueError(
-                f"tau: expected a number >= 0, or a function of the timestep that gives one, got {value!r}"
-            )
-    return [float(value) for value in values]
+    return [number("tau", value, or_else=", or a function of the timestep that gives one") for value in values]
 
 
 def _weights(path: NoisePath, i: int, points: range, tau: float) -> dict[int, float]:
     """Weights of D_j - D_i, j != i, in the step from i to i + 1, for the polynomial through D at `points`.
 
-    They solve sum_j w_j r_j^n = alpha' k h I_n, n = 0, 1, ..., with r_j = (lam_j - lam_i) / h and I_n of `_moments`.
+    They solve sum_j w_j r_j^n = alpha' k h I_n, n = 0, 1, ..., with r_j = (lam_j - lam_i) / h and
+    I_n = int_0^1 e^(-k h (1 - v)) v^n dv = n! phi_(n+1)(-k h).
     A point of pure noise, lam = -inf, has no weight.
     """
     h, k = float(path.lam[i + 1] - path.lam[i]), 1 + tau * tau
     if not math.isfinite(h):
         return {}
     used = [j for j in points if math.isfinite(path.lam[j])]
-    right = _moments(k * h, len(used))
+    right = [math.factorial(n) * phi(n + 1, -k * h) for n in range(len(used))]
     if len(used) == 2:
         right[1] = 0.5
     ratios = np.array([(path.lam[j] - path.lam[i]) / h for j in used])
     solved = np.linalg.solve(np.vander(ratios, increasing=True).T, right) * (path.alpha[i + 1] * k * h)
     return {j: float(weight) for j, weight in zip(used, solved, strict=True) if j != i}
-
-
-def _moments(z: float, count: int) -> Floats:
-    """I_n = int_0^1 e^(-z (1 - v)) v^n dv, n < count, from z I_n = 1 - n I_(n-1) in its stable direction."""
-    if z > 1:
-        values = [-math.expm1(-z) / z]
-        for n in range(1, count):
-            values.append((1 - n * values[-1]) / z)
-        return np.array(values)
-    values = [0.0]  # for n = 24, wrong by less than 1/25; each step down divides the error by n
-    for n in range(24, 0, -1):
-        values.append((1 - z * values[-1]) / n)
-    return np.array(values[: -count - 1 : -1])
 
 
 def _moved(x: Any, D: dict[int, Any], i: int, weights: dict[int, float]) -> Any:

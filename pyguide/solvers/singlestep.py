@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from ..path import Floats, Level, NoisePath
+from .checks import LARGEST_WEIGHT, choice, flag
 from .ddim import ddim_step
-from .dpmpp import check_solver_type, phi
+from .dpmpp import SOLVER_TYPES
+from .exponential import phi
 from .registry import solver
-
-LARGEST_WEIGHT = 2.0**12  # on a difference of two predictions: half of float32's digits are lost to it
 
 
 class SingleStep:
@@ -34,8 +34,8 @@ class SingleStep:
 
     A level between is reached by a step from the first one, of the order that the evaluations before it allow, of
     `inner_type`. on_noise: F = E, re-derived from D. told: what the model is told, if not the levels themselves.
-    Raises ValueError where a weight passes LARGEST_WEIGHT: on noise over a very long h, on data only where two levels
-    are all but equal.
+    Raises ValueError where a weight reaches LARGEST_WEIGHT, so that rounding of the predictions alone would be 1e-9 of
+    the state: on noise over a very long h, on data only where two levels are all but equal.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class SingleStep:
     ) -> None:
         self.levels, self.told = levels, told or levels
         self.weights = _weights_of_data(levels, on_noise, solver_type, inner_type)
-        if not (worst := np.abs(self.weights).max(initial=0.0)) <= LARGEST_WEIGHT:
+        if not (worst := np.abs(self.weights).max(initial=0.0)) < LARGEST_WEIGHT:
             here, ahead = math.exp(-levels[0].lam), math.exp(-levels[-1].lam)
             other = ", or a solver on data (dpmpp_2s, dpmpp_3s)" if on_noise else ""
             raise ValueError(
-                f"path: the step from sigma/alpha {here:g} to {ahead:g} would weigh differences of predictions by "
-                f"{worst:.0e} and be of no use; take more steps or more even ones{other}"
+                f"path: the step from sigma/alpha {here:g} to {ahead:g} weighs differences of predictions by "
+                f"{worst:.0e}, which no float64 table follows to 1e-9; take more steps or more even ones{other}"
             )
 
     def __call__(self, model: Callable[..., Any], x: Any) -> Any:
@@ -140,9 +140,9 @@ def _solve(
     lower_order_final: bool,
 ) -> Any:
     """The whole run. inner: "midpoint", evaluations between grid points, or "grid", at grid points only."""
-    if inner not in ("midpoint", "grid"):
-        raise ValueError(f'inner: expected "midpoint" or "grid", got {inner!r}')
-    check_solver_type(solver_type)
+    choice("inner", inner, ("midpoint", "grid"))
+    choice("solver_type", solver_type, SOLVER_TYPES)
+    lower_order_final = flag("lower_order_final", lower_order_final)
     steps = _inside_steps if inner == "midpoint" else _over_grid
     # with inner points of its own the third order takes two of them from its second by "heun", as published
     inner_type = "heun" if inner == "midpoint" else solver_type

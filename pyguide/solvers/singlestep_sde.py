@@ -14,24 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..path import Level, NoisePath
-from .ddim import ddim_step
+from .checks import number
+from .ddim import ddim_step, down_and_up
 from .registry import solver
 from .singlestep import SingleStep, between
-
-
-def down_and_up(here: Level, ahead: Level, eta: float) -> tuple[Level, float]:
-    """(the level of s_down at the alpha of `ahead`, alpha' s_up): noise of the second takes the first to `ahead`."""
-    up = min(1.0, eta * math.sqrt(-math.expm1(2 * (here.lam - ahead.lam))))
-    share = (1 - eta) * (1 + eta) + eta * eta * math.exp(2 * (here.lam - ahead.lam))  # 1 - up^2, without the difference
-    down = math.sqrt(max(share, 0.0))
-    lam = ahead.lam - math.log(down) if down > 0 else math.inf
-    return Level(ahead.alpha, ahead.sigma * down, lam, ahead.timestep), ahead.sigma * up
-
-
-def check_noise(eta: float, s_noise: float) -> None:
-    for name, value in (("eta", eta), ("s_noise", s_noise)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
 
 def ancestral_run(
@@ -50,7 +36,7 @@ def ancestral_run(
     Weak order 2: an exact solution of the ODE down to s_down takes the law of data plus noise of s to that of s_down,
     and s_up that to the law of s', for every eta. So the law of the result has no error but that of the ODE steps.
     """
-    check_noise(eta, s_noise)
+    eta, s_noise = number("eta", eta), number("s_noise", s_noise)
     splits = [down_and_up(path.level(i), path.level(i + 1), eta) for i in range(path.steps)]
     steps = [SingleStep(between(path, path.level(i), down, 2), on_noise=on_noise) for i, (down, _) in enumerate(splits)]
     for i, (step, (_, up)) in enumerate(zip(steps, splits)):
@@ -98,9 +84,8 @@ def dpmpp_sde(
     noises it would be 1. A step from pure noise or to clean data is of order 1. Two evaluations a step. Source:
     k-diffusion, sample_dpmpp_sde.
     """
-    check_noise(eta, s_noise)
-    if not 0 < r <= 1:
-        raise ValueError(f"r: expected a number in (0, 1], got {r}")
+    eta, s_noise = number("eta", eta), number("s_noise", s_noise)
+    r = number("r", r, high=1.0, above=True)
 
     def to(x: Any, D: Any, here: Level, ahead: Level, correction: Any = None) -> Any:
         down, up = down_and_up(here, ahead, eta)

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..path import Floats, NoisePath
-from .ddim import ddim_step
+from .checks import choice, flag, whole
+from .ddim import ddim_step, noise_estimate
+from .exponential import phi
 from .registry import solver
 
 
 def _weights(z: float, ratios: Sequence[float], solver_type: str) -> tuple[Floats, float]:
-    """rho of  sum_k rho_k ratio_k^(n-1) = z n! phi_(n+1)(z) / B(z),  n = 1 .. order, and B(z).
+    """rho of  sum_k rho_k ratio_k^(n-1) = z n! phi_(n+1)(z) / B(z),  n = 1 .. order, and B(z): eq. 11, theorem 3.1.
 
-    phi are those of the exponential integrator: phi_1(z) = expm1(z)/z, phi_(n+1) = (phi_n - 1/n!)/z (eq. 11 and theorem
-        3.1).
+    A single difference has rho 1/2, as published: it is exact enough for the order, for either B.
     """
     scale = z if solver_type == "bh1" else math.expm1(z)
     if len(ratios) <= 1:
-        return np.full(
-            len(ratios), 0.5
-        ), scale  # published so for one difference: exact enough for the order, for any B
-    power = np.array([[ratio ** (n - 1) for ratio in ratios] for n in range(1, len(ratios) + 1)])
-    phi, right, factorial = math.expm1(z) / z - 1, [], 1
-    for n in range(1, len(ratios) + 1):
-        right.append(phi * factorial / scale)
-        factorial *= n + 1
-        phi = phi / z - 1 / factorial
-    return np.linalg.solve(power, np.array(right)), scale
+        return np.full(len(ratios), 0.5), scale
+    orders = range(1, len(ratios) + 1)
+    power = np.array([[ratio ** (n - 1) for ratio in ratios] for n in orders])
+    right = np.array([z * math.factorial(n) * phi(n + 1, z) / scale for n in orders])
+    return np.linalg.solve(power, right), scale
+
+
+def _uncorrected(path: NoisePath, disable_corrector: Collection[int]) -> set[int]:
+    """The steps of disable_corrector; ValueError naming it."""
+    try:
+        return {whole("disable_corrector", step, 0, path.steps - 1) for step in disable_corrector}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"disable_corrector: expected indices of steps, from 0 to {path.steps - 1}, got {disable_corrector!r}"
+        ) from None
 
 
 @solver("unipc", order=3, started=2, source="Zhao et al. 2023, algorithms 1 and 2")
@@ -62,21 +67,16 @@ def unipc(
     without the corrector), and 2 with lower_order_final. One evaluation a step.
     Source: Zhao et al. 2023, algorithms 1 and 2; on the noise: section 3 and diffusers, UniPCMultistepScheduler.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
-    if solver_type not in ("bh1", "bh2"):
-        raise ValueError(f'solver_type: expected "bh1" or "bh2", got {solver_type!r}')
-    try:
-        uncorrected = {operator.index(step) for step in disable_corrector}
-    except TypeError:
-        uncorrected = {-1}
-    if min(uncorrected, default=0) < 0:
-        raise ValueError(f"disable_corrector: expected indices of steps, got {disable_corrector!r}")
+    order = whole("order", order, 1, 3)
+    choice("solver_type", solver_type, ("bh1", "bh2"))
+    corrector, predict_x0 = flag("corrector", corrector), flag("predict_x0", predict_x0)
+    lower_order_final = flag("lower_order_final", lower_order_final)
+    uncorrected = _uncorrected(path, disable_corrector)
     recent: list[Any] = []  # D, or E, at the last grid points, newest first
     used, last = 0, (x, x, x)  # order of the step before; its state, the one that D was made of, and D
     for i in range(path.steps):
         D = model(x, i).denoised
-        F, seen = D if predict_x0 else (x - D * path.alpha[i]) / path.sigma[i], x
+        F, seen = D if predict_x0 else noise_estimate(x, D, path.level(i)), x
         if corrector and i > 0 and i - 1 not in uncorrected:
             x = _update(path, last, recent, i - 1, used, solver_type, predict_x0, ahead=F)
         last = x, seen, D

@@ -104,9 +104,17 @@ class Ours:
         net = UNIT if self.case.scheduler in (*EDM, "IPNDM") else TIMES
         return -net(x, t) if self.case.negated else net(x, t)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Ours; the peer takes indices of steps that its grid does not have, we do not."""
+        options = dict(self.case.options)
+        if "disable_corrector" in options:
+            options["disable_corrector"] = [k for k in options["disable_corrector"] if k < self.path.steps]
+        return options
+
     def compiled(self, path: pyguide.NoisePath) -> pyguide.Plan:
         case = self.case
-        return pyguide.compile(case.solver, path, prediction=case.prediction, clip=case.clip, **case.options)
+        return pyguide.compile(case.solver, path, prediction=case.prediction, clip=case.clip, **self.options)
 
     @cached_property
     def plan(self) -> pyguide.Plan:
@@ -137,7 +145,7 @@ class Ours:
             prediction=case.prediction,
             clip=case.clip,
             noise=lambda step: every[next(drawn) if case.draws > 1 else step],
-            **case.options,
+            **self.options,
         )
 
 
