@@ -14,7 +14,9 @@ from ..path import Floats
 
 def _is_positive(value: object) -> bool:
     """A finite number above 0, of any numeric type but bool."""
-    return isinstance(value, numbers.Real) and type(value) is not bool and 0 < float(value) < math.inf
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return 0 < float(value) < math.inf
 
 
 def _numbers(name: str, values: Sequence[float] | Floats) -> Floats:
