@@ -55,9 +55,9 @@ to a step goes, which this one does not). Grey: `ddim` under the same conditions
 
 ## Churn and ancestral noise
 
-{churn}
+Options s_churn, s_tmin, s_tmax and s_noise. {churn}
 
-{ancestral}
+Ancestral samplers. {ancestral}
 """
 
 SECTION = """\

@@ -371,6 +371,10 @@ def test_numpy_and_torch_agree_and_nothing_is_written(name: str) -> None:
 
 
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"^x: expected floating point numbers, got int64"):
+        solvers.sample("ddim", smooth, np.zeros((2, 3), np.int64), VP)
+    with pytest.raises(ValueError, match=r"^noise: expected an array of x's shape \(2, 3\), got \(3,\)"):
+        solvers.sample("ddpm", smooth, np.zeros((2, 3)), VP, noise=lambda step: np.ones(3))
     with pytest.raises(ValueError, match=r"^model: expected an output of shape \(2, 3\), got \(1, 3\)"):
         solvers.sample("ddim", lambda x, t: x[:1], np.zeros((2, 3)), VP)
     with pytest.raises(ValueError, match=r"^solver: the name 'ddim' is taken"):

@@ -67,7 +67,7 @@ def dpm2_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Any:
-    """A step of DPM-Solver-2 (on noise) from s = sigma/alpha to s_down, then noise: see `ancestral_run`.
+    """A step of DPM-Solver-2 (on noise) from s = sigma/alpha to s_down, then noise, as ancestral samplers do.
 
     On variance-exploding and preserving paths it is dpm2 at eta 0. Weak order 2, two evaluations a step. Source:
     k-diffusion, sample_dpm_2_ancestral.

@@ -123,8 +123,8 @@ def dpm_solver_2m_sde(
     The reverse SDE with E for a polynomial, where dpmpp_2m_sde has D. solver_type: "heun" has the exact phi_2 / phi_1
     for that 1/2. The first step has E for E_mix (SDE-DPM-Solver-1; it is not DDIM at eta 1, which holds D), and so has
     the last one with lower_order_final. Where h is infinite there is no such step: it diverges from pure noise, and to
-    clean data it would leave noise of sigma / alpha; there D is held, x' = alpha' D + sigma' z. Weak order 2 for the
-    reason given in dpmpp_sde.py, one evaluation a step.
+    clean data it would leave noise of sigma / alpha; there D is held, x' = alpha' D + sigma' z. Weak order 2, one
+    evaluation a step.
     Source: diffusers, DPMSolverMultistepScheduler, sde-dpmsolver, which refuses paths that end at clean data.
     """
     lower_order_final = flag("lower_order_final", lower_order_final)

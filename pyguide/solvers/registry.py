@@ -166,10 +166,19 @@ def sample(
     Returns the state at the end of the path, a new array. Raises ValueError or TypeError naming the argument.
     """
     run = prepare(solver, path, options)
+    if not (x.dtype.kind == "f" if isinstance(x, np.ndarray) else x.is_floating_point()):
+        raise ValueError(f"x: expected floating point numbers, got {x.dtype}")
     adapted = ArrayModel(model, run.path, prediction, clip_bounds(clip), dtype=x.dtype)
     start = x.copy() if isinstance(x, np.ndarray) else x.clone()  # a solver may write to its state, not to the caller's
-    noise = noise or _global_noise(x)
-    result = run.function(adapted, start, run.path.drawing(noise), noise=noise, **run.options)
+    draw = noise or _global_noise(x)
+
+    def checked(step: int) -> Any:
+        z = draw(step)
+        if tuple(z.shape) != tuple(x.shape):
+            raise ValueError(f"noise: expected an array of x's shape {tuple(x.shape)}, got {tuple(z.shape)}")
+        return z
+
+    result = run.function(adapted, start, run.path.drawing(checked), noise=checked, **run.options)
     # numpy promotes float32 arrays by the path's float64 scalars: more accurate in between, the caller's dtype at both
     # ends
     return result.astype(x.dtype, copy=False) if isinstance(result, np.ndarray) else result

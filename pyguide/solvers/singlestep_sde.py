@@ -1,10 +1,7 @@
 """Stochastic single-step solvers of k-diffusion: deterministic steps with noise after them, and DPM-Solver++ SDE.
 
-With s = sigma/alpha, a step from s to s' that draws noise goes down to s_down and up again,
-
-    s_up = eta s' sqrt(1 - (s'/s)^2), at most s',     s_down^2 = s'^2 - s_up^2
-
-and keeps the marginals: data plus noise of s_down plus noise of s_up is data plus noise of s'.
+A step from s = sigma/alpha to s' that draws noise goes down to s_down and up again (`down_and_up`), and keeps the
+marginals: data plus noise of s_down plus noise of s_up is data plus noise of s'.
 """
 
 from __future__ import annotations
@@ -30,8 +27,10 @@ def ancestral_run(
     *,
     on_noise: bool,
 ) -> Any:
-    """Per step, a midpoint step of order 2 to s_down (of order 1 from pure noise or if s_down = 0), then
-    x' = x_down + alpha' s_up s_noise z.
+    """Per step, with s = sigma/alpha, a midpoint step of order 2 from s to s_down (of order 1 from pure noise or if
+    s_down = 0), then noise:
+
+        x' = x_down + alpha' s_up s_noise z,   s_up = eta s' sqrt(1 - (s'/s)^2), at most s',   s_down^2 = s'^2 - s_up^2
 
     Weak order 2: an exact solution of the ODE down to s_down takes the law of data plus noise of s to that of s_down,
     and s_up that to the law of s', for every eta. So the law of the result has no error but that of the ODE steps.
@@ -56,7 +55,7 @@ def dpmpp_2s_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Any:
-    """A step of dpmpp_2s from s = sigma/alpha to s_down, then noise: see `ancestral_run`; dpmpp_2s at eta 0.
+    """A step of dpmpp_2s from s = sigma/alpha to s_down, then noise, as ancestral samplers do; dpmpp_2s at eta 0.
 
     Weak order 2, two evaluations a step. Source: k-diffusion, sample_dpmpp_2s_ancestral.
     """
@@ -74,7 +73,8 @@ def dpmpp_sde(
     s_noise: float = 1.0,
     r: float = 0.5,
 ) -> Any:
-    """In y = x/alpha and s = sigma/alpha, with lam_m = lam + r h, and down and up of (s, s_m) and (s, s') as above:
+    """In y = x/alpha and s = sigma/alpha, with lam_m = lam + r h, up = eta s' sqrt(1 - (s'/s)^2), at most s', and
+    down^2 = s'^2 - up^2 of the step to s', the same for down_m and up_m of the step to s_m:
 
         y_m = (down_m/s) y + (1 - down_m/s) D + up_m s_noise (W(s) - W(s_m)) / sqrt(s - s_m)
         y'  = (down/s) y + (1 - down/s) (D + (D(y_m, s_m) - D) / (2 r)) + up s_noise (W(s) - W(s')) / sqrt(s - s')
