@@ -36,7 +36,10 @@ INTRODUCTION = """\
 
 `pyguide.compile(name, path, **options)` takes any name of this page; so does `solvers.sample`, which runs the same
 function with arrays. Only letters and digits of a name matter, and " Karras", " Exponential" or " Beta" after it
-chooses the grid too.
+replaces a path's grid by that one. `solvers.alias(name)` says what a name stands for: `schedule.path(25,
+**solvers.alias("DPM++ 2M Karras").path)` is its grid, with whose `noise_at` image-to-image starts. A1111's and
+ComfyUI's UniPC are `unipc` with `order=3, solver_type="bh1"`, ComfyUI's deis has `order=3`, and both leave out the
+sigma before the last for DPM2: give `path` the sigmas that they print.
 
 **order** is the global order of convergence to the solution of the probability-flow ODE, or for samplers with noise
 the weak order, to the law of the data. Two numbers: of its steps / of a whole run, whose first steps are of a lower
