@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -273,7 +272,7 @@ def two_noises(path: Any, **options: Any) -> tuple[list[Any], Normals]:
     class Output:
         denoised = noise = np.zeros(normals.size)
 
-    run = replace(run, _increments=recorded)
+    object.__setattr__(run, "_increments", recorded)
     solvers.resolve("dpmpp_sde")(lambda x, level: Output(), np.zeros(normals.size), run, noise=normals, **options)
     return list(zip(recorded.calls[::2], recorded.calls[1::2], strict=True)), normals
 

@@ -107,7 +107,7 @@ BEFORE_THE_MODEL = {
     "clip text": (lambda: pyguide.compile("ddim", PATH, clip="a"), ValueError, "clip.*'a'"),
     "clip length": (lambda: pyguide.compile("ddim", PATH, clip=(1.0,)), ValueError, "clip"),
     "rho": (lambda: schedules.edm().path(4, rho=1e-3), ValueError, "rho.*0.001"),
-    "solver hint": (lambda: pyguide.compile("DPM++ 2M", PATH), ValueError, "did you mean 'dpmpp_2m'"),
+    "solver hint": (lambda: pyguide.compile("DPM++ 2N", PATH), ValueError, "solver: .* did you mean 'dpmpp_2.'"),
     "prediction hint": (lambda: pyguide.compile("ddim", PATH, prediction="v_prediction"), ValueError, "is 'v'"),
     "cuda_graph": (lambda: Sampler(never, PLAN, cuda_graph=True), RuntimeError, "cuda_graph.*CUDA"),
     "triton": (lambda: Sampler(never, PLAN, backend="triton"), RuntimeError, "backend.*Triton"),
