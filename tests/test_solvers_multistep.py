@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gaussians import alternating, exact, fitted_order, network_of, path_of_ratios, uniform
+from multistep import EDM, FLOW, LATENT, VP, X, run, same, smooth
 from scipy.integrate import quad
 
 import pyguide
@@ -17,29 +18,9 @@ from pyguide.path import NoisePath
 from pyguide.solvers.linear_multistep import lagrange_integrals
 from pyguide.solvers.pndm import halfway
 
-X = np.random.default_rng(0).standard_normal(6)
-Z = np.random.default_rng(1).standard_normal((12, 6))
-LATENT = schedules.scaled_linear()
-VP = LATENT.path(10, offset=1)
-FLOW = schedules.flow().path(8)
 ZERO_SNR = schedules.scaled_linear(zero_snr=True).path(8, spacing="trailing")
-EDM = schedules.edm().path(8)
 MULTISTEP = ("lms", "ipndm", "plms", "pndm", "sa_solver")
 ALL = (*MULTISTEP, "lcm", "tcd")
-
-
-def smooth(x: Any, t: Any) -> Any:
-    return np.sin(x + 0.01 * float(np.ravel(t)[0]))
-
-
-def same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
-def run(name: str, path: Any = VP, prediction: str = "v", network: Any = smooth, **options: Any) -> Any:
-    """A solver's result from X, with the noise Z[i] in step i."""
-    start = X * path.init_scale
-    return solvers.sample(name, network, start, path, prediction=prediction, noise=lambda i: Z[i].copy(), **options)
 
 
 # ---- the published formulas, by hand ---------------------------------------------------------------------------------

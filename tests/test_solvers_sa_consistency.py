@@ -8,31 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from gaussians import alternating, fitted_order, network_of, path_of_ratios, uniform
+from multistep import EDM, FLOW, LATENT, VP, X, Z, run, same, smooth
 from scipy.integrate import quad
 
 import pyguide
 from pyguide import schedules, solvers
-
-X = np.random.default_rng(0).standard_normal(6)
-Z = np.random.default_rng(1).standard_normal((12, 6))
-LATENT = schedules.scaled_linear()
-VP = LATENT.path(10, offset=1)
-FLOW = schedules.flow().path(8)
-EDM = schedules.edm().path(8)
-
-
-def smooth(x: Any, t: Any) -> Any:
-    return np.sin(x + 0.01 * float(np.ravel(t)[0]))
-
-
-def same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
-def run(name: str, path: Any = VP, prediction: str = "v", network: Any = smooth, **options: Any) -> Any:
-    """A solver's result from X, with the noise Z[i] in step i."""
-    start = X * path.init_scale
-    return solvers.sample(name, network, start, path, prediction=prediction, noise=lambda i: Z[i].copy(), **options)
 
 
 def interpolation_weights(lam: Any, i: int, points: list[int], tau: float) -> dict[int, float]:
