@@ -18,8 +18,9 @@ from .solvers.registry import ArrayModel, Solver, clip_bounds, prepare
 from .trace import Trace, TraceError, trace
 
 MAGNITUDES = (1e-2, 1.0, 1e2)  # of the replayed states: a clamp or a branch on values shows at one of them
-LIMIT = 1e-9  # of both certificates; ten times that for the replay of a solver whose state outgrows its inputs
-GROWTH = 1e3  # by more than this, where rounding grows with it
+LIMIT = 1e-9  # of the residual
+REPLAY = 1e-8  # of the replay, where rounding grows with the solver's state; what a trace cannot see is far above it
+GROWTH = 1e3  # of a state over what it starts from: above, it is the first thing that a failed replay is put down to
 
 
 def compile(
@@ -52,7 +53,10 @@ def compile(
     record = trace(function, path, clipped=clip is not None, editable=editable, **options)
     rows = realize(record, path.init_scale)
     if not rows.residual <= LIMIT:
-        raise CertificateError(f"the rows miss the solver's linear forms by {rows.residual:.1e} (limit {LIMIT:.0e})")
+        raise CertificateError(
+            f"the rows miss the solver's linear forms by {rows.residual:.1e} (limit {LIMIT:.0e}); its state grows to "
+            f"{rows.growth:.0e} times what it starts from"
+        )
     table = _table(record, rows, prediction, (low, high))
     end = path.level(path.steps)
     plan = Plan(
@@ -81,10 +85,9 @@ def compile(
             f"{plan.solver}: traced, but run with float64 numpy arrays it raised {type(failure).__name__}: {failure}; "
             "coefficients are numbers or numpy scalars, noise is noise(i)"
         ) from failure
-    grows = rows.growth > GROWTH
-    if not error <= (10 * LIMIT if grows else LIMIT):
+    if not error <= REPLAY:
         why = "it has a step that depends on values, or a clamp that the trace cannot see"
-        if grows:
+        if rows.growth > GROWTH:
             why = f"on this path its state grows to {rows.growth:.0e} times what it starts from, and cancels again"
         raise CertificateError(f"{plan.solver}: the table and the solver run in float64 differ by {error:.1e}; {why}")
     object.__setattr__(plan, "replay_error", error)

@@ -263,7 +263,7 @@ def test_a_mutated_coefficient_is_caught(solver: str, options: dict[str, Any], c
             timestep[i] = table[i, j]
         mutant = replace(plan, table=table, timestep=timestep)
         error = replay_error(mutant, run, network, path, False)
-        assert error > compiler.LIMIT, f"row {i}, column {j}: {plan.table[i, j]}"
+        assert error > compiler.REPLAY, f"row {i}, column {j}: {plan.table[i, j]}"
 
 
 @pytest.mark.parametrize(("solver", "options"), [("ddim", {"eta": 0.5}), ("heun", {}), ("unipc", {"order": 3})])
