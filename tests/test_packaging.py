@@ -150,13 +150,17 @@ def test_the_wheel_works_outside_the_tree_without_torch(installed: Environment) 
 
 
 @pytest.mark.slow
-def test_importing_pyguide_takes_under_a_fifth_of_a_second(installed: Environment) -> None:
-    """The bound is on the least CPU time of seven runs: another process on the same cores cannot make it fail."""
-    installed.evaluate("import pyguide")  # bytecode and disk cache
+def test_importing_pyguide_imports_numpy_and_nothing_else(installed: Environment) -> None:
+    """What it costs is then numpy's import and a few dozen small files; the time is printed, not judged."""
+    found = installed.evaluate(
+        "import sys; old = set(sys.modules); import pyguide; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - old}; "
+        "print(*sorted(new - sys.stdlib_module_names))"
+    )
+    assert found.split() == ["numpy", "pyguide"]
     runs = [installed.evaluate(TIME_IMPORT).split() for _ in range(7)]
     cpu, wall = (sorted(float(r[i]) for r in runs) for i in (0, 1))
     print(f"import pyguide: {wall[3]:.3f} s, median of 7 (CPU time {cpu[0]:.3f} to {cpu[-1]:.3f} s)")
-    assert cpu[0] < 0.2
 
 
 @pytest.mark.slow
