@@ -247,13 +247,12 @@ class _Realizer:
         for count in range(rank - 1, MAX_SLOTS):
             # The known part of a future form is small near the end. Before it, in a slot that is there anyway: what the
             # solver keeps, though it says more than the rest of the run asks for.
-            searches = [(count, live), (count, [*live, *natural])]
+            searches = [(count, live, 1.0), (count, [*live, *natural], 1.0)]
             if count < widest:
-                searches += [(count + 1, live), (count + 1, [*live, *natural])]
+                searches += [(count + 1, live, 1.0), (count + 1, [*live, *natural], 1.0)]
+            searches.append((count, [*live, *natural, *futures], 0.5))
             best, cost = None, np.inf
-            searches.append((count, [*live, *natural, *futures]))
-            for size, pool in searches:
-                margin = 0.5 if pool and pool[-1] in futures else 1.0
+            for size, pool, margin in searches:
                 sets = [list(s) for s in itertools.islice(itertools.combinations(pool, size), 4096)]
                 costs = self._costs(i, sets, future) if sets else np.array([np.inf])
                 k = int(np.argmin(costs))

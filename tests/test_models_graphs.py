@@ -232,11 +232,10 @@ def test_onnx_needs_names_for_x_and_t(tmp_path):
 def test_onnx_fallback_to_the_cpu_is_an_error(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = time_onnx(tmp_path / "a.onnx")
-    absent = "CUDAExecutionProvider"
-    if absent in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has CUDA")
+    available = onnxruntime.get_available_providers()
+    absent = next(name for name in onnxruntime.get_all_providers() if name not in available)
     for provider in (absent, (absent, {"device_id": 0})):
-        with pytest.raises(RuntimeError, match="asked for CUDAExecutionProvider, but the session fell back to CPU"):
+        with pytest.raises(RuntimeError, match=f"asked for {absent}, but the session fell back to CPU"):
             models.open_session(path, [provider, "CPUExecutionProvider"])
     assert models.open_session(path).get_providers() == ["CPUExecutionProvider"]
 

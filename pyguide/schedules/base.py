@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from ..checks import as_float, number
 from ..path import Floats, NoisePath, log_ratio
-from .checks import _count, _descending, _is_positive, _numbers
+from .checks import _count, _descending, _numbers
 from .curves import _shape_of_beta, _sigma_curve
 from .respacing import _respaced
 
@@ -90,12 +92,12 @@ class Schedule(ABC):
         made = {name: value for name, value in locals().items() if name != "self"}
         if spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f'spacing: expected "leading", "trailing" or "linspace", got {spacing!r}')
-        if not (final_sigma in ("zero", "min") if isinstance(final_sigma, str) else _is_positive(final_sigma)):
+        if not (
+            final_sigma in ("zero", "min") if isinstance(final_sigma, str) else 0 < as_float(final_sigma) < math.inf
+        ):
             raise ValueError(f'final_sigma: expected "zero", "min" or a positive number, got {final_sigma!r}')
-        if not (_is_positive(strength) and strength <= 1.0):
-            raise ValueError(f"strength: expected a number in (0, 1], got {strength!r}")
-        if not (_is_positive(rho) and 0.1 <= rho <= 1e3):  # beyond, sigma^(1/rho) or its power leaves float64
-            raise ValueError(f"rho: expected a number in [0.1, 1000], got {rho!r}")
+        strength = number("strength", strength, high=1.0, above=True)
+        rho = number("rho", rho, 0.1, 1e3)  # beyond, sigma^(1/rho) or its power leaves float64
         beta = _shape_of_beta(beta)
         given_sigmas = self._given_sigmas(sigmas, final_sigma)
         given_times = self._given_timesteps(timesteps)

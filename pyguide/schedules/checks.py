@@ -1,22 +1,14 @@
-"""Checks of what schedules and grids are given: each raises ValueError with the argument, what came and the rule."""
+"""Checks of the arrays and counts that schedules and grids are given: ValueError naming the argument."""
 
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 from collections.abc import Sequence
 
 import numpy as np
 
+from ..checks import as_float, whole
 from ..path import Floats
-
-
-def _is_positive(value: object) -> bool:
-    """A finite number above 0, of any numeric type but bool."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return False
-    return 0 < float(value) < math.inf
 
 
 def _numbers(name: str, values: Sequence[float] | Floats) -> Floats:
@@ -41,22 +33,9 @@ def _descending(name: str, values: Floats) -> None:
         )
 
 
-def _integer(name: str, value: object, low: int) -> int:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = low - 1
-    if number < low or isinstance(value, bool):
-        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
-    return number
-
-
 def _finite(name: str, value: object, positive: bool = False) -> float:
     """A finite number, positive where asked; strings and booleans are none."""
-    try:
-        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = as_float(value)
     if not math.isfinite(number) or (positive and number <= 0):
         raise ValueError(f"{name}: expected a {'positive' if positive else 'finite'} number, got {value!r}")
     return number
@@ -76,4 +55,4 @@ def _count(steps: int | None, timesteps: Floats | None, sigmas: Floats | None) -
         steps = len(given)
     if timesteps is not None and sigmas is not None and len(timesteps) != len(sigmas):
         raise ValueError(f"timesteps: {len(timesteps)} values were given beside {len(sigmas)} sigmas")
-    return _integer("steps", steps, 1)
+    return whole("steps", steps, 1)

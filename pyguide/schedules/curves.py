@@ -19,8 +19,6 @@ from ..extras import require
 from ..path import Floats
 from .checks import _finite
 
-NAMES = ("karras", "exponential", "beta")
-
 
 def _sigma_curve(
     name: str, points: int, low: float, high: float, rho: float = 7.0, beta: Sequence[float] = (0.6, 0.6)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..checks import whole
 from ..path import Floats, log_ratio
 from .base import Schedule, Spacing
-from .checks import _finite, _in_range, _integer, _numbers
+from .checks import _finite, _in_range, _numbers
 
 
 class VariancePreserving(Schedule):
@@ -71,7 +72,7 @@ class VariancePreserving(Schedule):
 
     def _timesteps(self, steps: int, spacing: Spacing, offset: int) -> Floats | None:
         total = self.train_steps
-        offset = _integer("offset", offset, 0)
+        offset = whole("offset", offset, 0)
         if steps > total:
             raise ValueError(f"steps: expected at most the {total} training steps, got {steps}")
         if spacing == "leading":
@@ -95,7 +96,7 @@ class Flow(Schedule):
     """
 
     def __init__(self, shift: float = 1.0, train_steps: int = 1000, terminal: float | None = None) -> None:
-        self.shift, self.train_steps = _finite("shift", shift, positive=True), _integer("train_steps", train_steps, 1)
+        self.shift, self.train_steps = _finite("shift", shift, positive=True), whole("train_steps", train_steps, 1)
         self.terminal = None if terminal is None else _finite("terminal", terminal)
         if self.terminal is not None and not 0 < self.terminal < 1:
             raise ValueError(f"terminal: expected a sigma between 0 and 1, got {terminal}")

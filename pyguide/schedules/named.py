@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..checks import whole
 from ..path import Floats
 from .base import Schedule
-from .checks import _finite, _integer
+from .checks import _finite
 from .families import EDM, Flow, VariancePreserving
 
 
@@ -31,7 +32,7 @@ def _from_betas(betas: Floats, zero_snr: bool) -> VariancePreserving:
 def _beta_range(start: float, end: float, train_steps: int) -> None:
     if not 0 < start <= end < 1:
         raise ValueError(f"start: expected 0 < start <= end < 1, got start={start} and end={end}")
-    _integer("train_steps", train_steps, 2)
+    whole("train_steps", train_steps, 2)
 
 
 def linear(start: float = 1e-4, end: float = 0.02, train_steps: int = 1000, zero_snr: bool = False) -> Schedule:
@@ -53,7 +54,7 @@ def cosine(train_steps: int = 1000, zero_snr: bool = False) -> Schedule:
 
     Source: Nichol, Dhariwal 2021, eq. 17.
     """
-    _integer("train_steps", train_steps, 2)
+    whole("train_steps", train_steps, 2)
     f = np.cos((np.arange(train_steps + 1) / train_steps + 0.008) / 1.008 * math.pi / 2) ** 2
     return _from_betas(np.minimum(1.0 - f[1:] / f[:-1], 0.999), zero_snr)
 
@@ -98,8 +99,8 @@ def flow_shift(
     calls time_shift_type "linear" takes its mu for the shift itself: flow(shift=mu).
     Source: the shift is Esser et al. 2024, eq. 23; the line in mu is that of the FLUX.1 code (Black Forest Labs 2024).
     """
-    tokens = _integer("tokens", tokens, 1)
-    base_tokens, max_tokens = _integer("base_tokens", base_tokens, 1), _integer("max_tokens", max_tokens, 1)
+    tokens = whole("tokens", tokens, 1)
+    base_tokens, max_tokens = whole("base_tokens", base_tokens, 1), whole("max_tokens", max_tokens, 1)
     if base_tokens == max_tokens:
         raise ValueError(f"max_tokens: expected a number other than base_tokens, got {max_tokens} for both")
     base_shift, max_shift = _finite("base_shift", base_shift), _finite("max_shift", max_shift)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate, repeat
 
-from .checks import _integer
+from ..checks import whole
 
 
 def respace(text: str, train_steps: int = 1000) -> list[int]:
@@ -22,7 +22,7 @@ def respace(text: str, train_steps: int = 1000) -> list[int]:
     neighbours multiply back to them. Raises ValueError naming `text` or `train_steps`.
     Source: Nichol, Dhariwal 2021, section 4, as guided-diffusion's `timestep_respacing` has it.
     """
-    return _respaced("text", text, _integer("train_steps", train_steps, 1))
+    return _respaced("text", text, whole("train_steps", train_steps, 1))
 
 
 def _respaced(name: str, text: str, total: int) -> list[int]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..checks import number
 from ..path import Level, NoisePath
 from ..schedules import Flow
-from .checks import number
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..checks import number
 from ..path import Level, NoisePath
-from .checks import number
 from .registry import solver
 
 

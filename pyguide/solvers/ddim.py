@@ -6,10 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..checks import flag, number
 from ..path import Level, NoisePath
-from .checks import flag, number
 from .churn import Churn
 from .registry import solver
+
+# What a prediction may be multiplied by within one step: it is known to 2^-52 of itself, and a plan is certified to
+# 1e-9.
+LARGEST_WEIGHT = 1e-9 / 2.0**-52
 
 
 def ddim_step(x: Any, D: Any, here: Level, ahead: Level) -> Any:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..checks import choice
 from ..path import NoisePath
-from .checks import choice
 from .registry import solver
 
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..checks import flag, whole
 from ..path import NoisePath
-from .checks import flag, whole
 from .ddim import ddim_step, noise_estimate
 from .exponential import divided_differences, phi
 from .registry import solver

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..checks import choice, flag
 from ..path import NoisePath
-from .checks import choice, flag
 from .ddim import ddim_step, noise_estimate
 from .dpmpp import SOLVER_TYPES, mixed, step_order
 from .registry import solver

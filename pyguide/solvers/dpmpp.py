@@ -19,8 +19,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..checks import choice, flag, number
 from ..path import NoisePath
-from .checks import choice, flag, number
 from .exponential import divided_differences, phi
 from .registry import solver
 

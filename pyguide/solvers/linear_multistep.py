@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import whole
 from ..path import Level, NoisePath
-from .checks import whole
 from .ddim import ddim_step, noise_estimate, slope_weight
 from .registry import solver
 

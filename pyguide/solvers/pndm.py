@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..path import Level, NoisePath
-from .checks import LARGEST_WEIGHT
-from .ddim import ddim_step, noise_estimate, slope_weight
+from .ddim import LARGEST_WEIGHT, ddim_step, noise_estimate, slope_weight
 from .linear_multistep import equal_step
 from .registry import solver
 

@@ -95,12 +95,14 @@ def prepare(choice: str | Solver, path: NoisePath, options: dict[str, Any]) -> P
     """Resolve a name, with the options and the grid that come with it; errors name the argument."""
     if not isinstance(path, NoisePath):
         raise TypeError(f"path: expected a NoisePath from Schedule.path(...), got {type(path).__name__}")
-    function, name = resolve(choice), choice if isinstance(choice, str) else getattr(choice, "__name__", "function")
     if isinstance(choice, str):
         stands_for = alias(choice)
+        name, function = stands_for.solver, _SOLVERS[stands_for.solver].function
         path = _on_grid(choice, path, stands_for.path)
         defaults = {key: value(path) if callable(value) else value for key, value in stands_for.options.items()}
-        name, options = stands_for.solver, {**defaults, **options}
+        options = {**defaults, **options}
+    else:
+        function, name = resolve(choice), getattr(choice, "__name__", "function")
     check_options(function, options)
     return Prepared(name, function, path, options)
 

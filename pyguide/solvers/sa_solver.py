@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import flag, number, whole
 from ..path import NoisePath
-from .checks import flag, number, whole
 from .exponential import phi
 from .registry import solver
 

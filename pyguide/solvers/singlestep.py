@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import choice, flag
 from ..path import Floats, Level, NoisePath
-from .checks import LARGEST_WEIGHT, choice, flag
-from .ddim import ddim_step
+from .ddim import LARGEST_WEIGHT, ddim_step
 from .dpmpp import SOLVER_TYPES
 from .exponential import phi
 from .registry import solver

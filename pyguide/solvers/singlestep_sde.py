@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..checks import number
 from ..path import Level, NoisePath
-from .checks import number
 from .ddim import ddim_step, down_and_up
 from .registry import solver
 from .singlestep import SingleStep, between

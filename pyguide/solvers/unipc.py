@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import choice, flag, whole
 from ..path import Floats, NoisePath
-from .checks import choice, flag, whole
 from .ddim import ddim_step, noise_estimate
 from .exponential import phi
 from .registry import solver

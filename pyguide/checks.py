@@ -1,4 +1,4 @@
-"""Checks of solvers' options: ValueError naming the option, what came and what was expected."""
+"""Checks of single arguments: ValueError naming the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-# What a prediction may be multiplied by within one step: it is known to 2^-52 of itself, and a plan is certified to
-# 1e-9.
-LARGEST_WEIGHT = 1e-9 / 2.0**-52
 
 
 def number(
@@ -28,9 +24,9 @@ def number(
     """The number as a float: at least low (more than it if `above`), at most high, and not infinite if `finite`.
 
     Python's and numpy's numbers and arrays of no dimension are numbers; bool, NaN, strings and larger arrays are not.
-    or_else: what else the option may be, for the message.
+    or_else: what else the argument may be, for the message.
     """
-    found = _as_float(value)
+    found = as_float(value)
     if (low < found if above else low <= found) and found <= high and not (finite and math.isinf(found)):
         return found
     if high < math.inf:
@@ -40,14 +36,15 @@ def number(
     raise ValueError(f"{name}: expected {wanted}{or_else}, got {_shown(value)}")
 
 
-def whole(name: str, value: Any, low: int, high: int) -> int:
-    """The integer from low to high; 2.0 and True are none."""
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The integer from low to high, if there is one; 2.0 and True are no integers."""
     try:
         found = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         found = None
-    if found is None or not low <= found <= high:
-        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {_shown(value)}")
+    if found is None or found < low or (high is not None and found > high):
+        wanted = f">= {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name}: expected an integer {wanted}, got {_shown(value)}")
     return found
 
 
@@ -66,7 +63,7 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _as_float(value: Any) -> float:
+def as_float(value: Any) -> float:
     """NaN for what is no number."""
     if not isinstance(value, numbers.Real):
         try:
