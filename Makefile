@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # Installed before anything that depends on torch; see the dev extra in pyproject.toml.
 TORCH  ?= $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+# nvcc, installed before the build that looks for it; what the machine has on PATH or in /usr/local/cuda comes first.
+CUDA   ?= $(shell sed -n 's/^ *"\(cuda-toolkit[^"]*\)".*/\1/p' pyproject.toml)
 ARGS   ?=
 
 BIN    := $(VENV)/bin
@@ -10,8 +12,9 @@ BIN    := $(VENV)/bin
 PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 # A path entry, which wins over a folder called pyguide where python is started; setuptools' finder would not.
 EDITABLE := --config-settings editable_mode=compat
-NATIVE := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp kernels/*.h kernels/*.cu)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp kernels/*.h kernels/*.cu)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp kernels/*.h kernels/*.cuh kernels/*.cu tests/simulated/*.h \
+  tests/simulated/*.cpp)
+NATIVE := setup.py pyproject.toml $(CXX_FILES)
 
 .PHONY: bench test slow lint format clean help
 help:
@@ -54,5 +57,6 @@ $(VENV)/bench.stamp: $(VENV)/torch.stamp $(NATIVE)
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp $(NATIVE)
+	$(PIP) "$(CUDA)"
 	$(PIP) $(EDITABLE) -e ".[dev]"
 	touch $(VENV)/bench.stamp $@

@@ -1,16 +1,24 @@
-"""Builds pyguide._C: the kernel once per instruction set, chosen at run time.
+"""Builds pyguide._C: the CPU kernel once per instruction set, chosen at run time, and the CUDA kernels where nvcc is.
 
 PYGUIDE_NATIVE=auto (default) builds where a compiler is found and otherwise installs pure Python with the reason in
 pyguide/_build_error.txt; 0 skips it; 1 fails loudly. No torch at build time, never -march=native.
+
+PYGUIDE_CUDA=auto (default) compiles kernels/step.cu where nvcc is found ($CUDA_HOME/bin, PATH, /usr/local/cuda/bin, or
+the PyPI package) and otherwise keeps the reason in pyguide._C.build["cuda"]; 0 skips it; 1 fails loudly. No GPU and no
+driver is needed, here or to import the result. PYGUIDE_CUDA_ARCHS: compute capabilities to make code for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shutil
 import subprocess
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -22,6 +30,17 @@ FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibil
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # unread operands stay uninitialised on purpose
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+
+CUDA = os.environ.get("PYGUIDE_CUDA", "auto")
+ARCHS = os.environ.get("PYGUIDE_CUDA_ARCHS", "")
+DEFAULT_ARCHS = ["80", "90", "100", "120"]  # those of them that nvcc knows
+# Two PTX versions are enough: the kernels use nothing newer than compute capability 9.0, and from the last one drivers
+# make code for devices to come. (That of 10.0 pairs multiply-adds, which costs registers: step_dense<4> would spill.)
+# -fmad=false: a multiply and an add round twice, as on the CPU; no fast math.
+PTX = ["80", "90"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror=cross-execution-space-call", "-Xcompiler"]
+NVCC_FLAGS += ["-fPIC,-fvisibility=hidden,-g0,-ffp-contract=off,-Wall,-Wextra,-Wno-unknown-pragmas"]
+CUDART = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def works(compiler: list[str], flags: list[str]) -> str | None:
@@ -37,8 +56,73 @@ def works(compiler: list[str], flags: list[str]) -> str | None:
         return None if done.returncode == 0 else done.stderr.strip() or f"exit status {done.returncode}"
 
 
+def run_nvcc(nvcc: str, *arguments: str) -> str:
+    """What nvcc prints. RuntimeError with the end of it where nvcc fails."""
+    try:
+        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{nvcc}: {error}") from error
+    if done.returncode:
+        raise RuntimeError(f"{nvcc} failed: {(done.stdout + done.stderr).strip()[-1000:]}")
+    return done.stdout + done.stderr
+
+
+class Nvcc:
+    """A CUDA compiler, the architectures it makes code for, and where its run-time library lies."""
+
+    def __init__(self) -> None:
+        if CUDA not in ("auto", "0", "1"):
+            raise RuntimeError(f"PYGUIDE_CUDA={CUDA}: expected auto, 0 or 1")
+        if CUDA == "0":
+            raise RuntimeError("PYGUIDE_CUDA=0")
+        self.path = self.find()
+        known = {line.partition("_")[2] for line in run_nvcc(self.path, "--list-gpu-arch").split()}
+        self.archs = [a for a in ARCHS.replace(",", ";").split(";") if a] or [a for a in DEFAULT_ARCHS if a in known]
+        wrong = [a for a in self.archs if a not in known or not a.isdigit() or int(a) < int(PTX[0])]
+        if wrong or not self.archs:
+            raise RuntimeError(
+                f"{self.path} makes no code for {', '.join(wrong or DEFAULT_ARCHS)}; PYGUIDE_CUDA_ARCHS takes numbers "
+                f"from {PTX[0]} on, those it knows are {', '.join(sorted(known, key=int))}"
+            )
+        described = run_nvcc(self.path, "--dryrun", "-c", str(ROOT / "kernels" / "step.cu"))
+        (top,) = [line.partition("TOP=")[2] for line in described.splitlines() if line.startswith("#$ TOP=")]
+        folders = [Path(top, "lib64"), Path(top, "lib"), *Path(top, "targets").glob(f"{platform.machine()}*/lib")]
+        self.link = [f"-L{folder}" for folder in folders if folder.is_dir()] + CUDART
+
+    @staticmethod
+    def find() -> str:
+        roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+        found = [f"{root}/bin/nvcc" for root in roots if root] + [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+        # an isolated build does not see the environment's packages, but sysconfig knows where they are
+        places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        spec = find_spec("nvidia")
+        packages = [*(spec.submodule_search_locations or [] if spec else []), *(f"{place}/nvidia" for place in places)]
+        found += [f"{p}/{name}/bin/nvcc" for p in packages for name in ("cu13", "cuda_nvcc")]
+        for path in found:
+            if path and os.access(path, os.X_OK):
+                return path
+        raise RuntimeError("nvcc was not found in $CUDA_HOME/bin, PATH, /usr/local/cuda/bin or the PyPI package")
+
+    def compile(self, source: str, to: Path, compiler: list[str]) -> None:
+        why = works(compiler, self.link)
+        if why is not None:
+            raise RuntimeError(f"cudart_static does not link: {why}")
+        codes: dict[str, list[str]] = {}
+        for arch in self.archs:
+            codes.setdefault(max((p for p in PTX if int(p) <= int(arch)), key=int), []).append(f"sm_{arch}")
+        newest = max(codes, key=int)
+        codes[newest].append(f"compute_{newest}")
+        targets = [f"-gencode=arch=compute_{ptx},code=[{','.join(code)}]" for ptx, code in codes.items()]
+        macros = [f'-DPG_CUDA_ARCHS="{";".join(self.archs)}"', f"-DPG_CUDA_PTX={newest}"]
+        host = ["-ccbin", compiler[0]] if os.environ.get("CXX") else []
+        threads = str(min(len(self.archs), os.cpu_count() or 1))
+        to.parent.mkdir(parents=True, exist_ok=True)
+        flags = [*NVCC_FLAGS, *targets, *macros, *host, "--threads", threads]
+        run_nvcc(self.path, *flags, "-c", source, "-o", str(to))
+
+
 class BuildNative(build_ext):
-    """Compiles csrc in parallel, csrc/cpu.cpp once per instruction set with that set's flags."""
+    """Compiles csrc in parallel, csrc/cpu.cpp once per instruction set with that set's flags, and kernels/step.cu."""
 
     def run(self) -> None:
         note = ROOT / "pyguide" / "_build_error.txt"
@@ -49,7 +133,7 @@ class BuildNative(build_ext):
                 raise RuntimeError("built with PYGUIDE_NATIVE=0")
             super().run()
         except Exception as error:  # a missing compiler must not prevent a pure-Python install
-            if NATIVE == "1":
+            if NATIVE == "1" or CUDA == "1":
                 raise
             note.write_text(f"{error}\n")
             if inplace:
@@ -92,16 +176,48 @@ class BuildNative(build_ext):
                 depends=ext.depends,
             )
 
+        def without_cuda(error: Exception) -> tuple[list[str], list[str]]:
+            if CUDA == "1":
+                raise error
+            print(f"pyguide: no CUDA kernels: {error}")
+            reason = json.dumps(str(error).encode("ascii", "replace").decode())  # a string literal of C too
+            return compile_one(("csrc/no_cuda.cpp", "no_cuda", [("PG_NO_CUDA", reason)], [])), []
+
+        def compile_cuda(nvcc: Nvcc) -> tuple[list[str], list[str]]:
+            """Object files, and flags to link them."""
+            to = Path(self.build_temp, "cuda", "step.o")
+            try:
+                nvcc.compile(str(ROOT / "kernels" / "step.cu"), to, compiler)
+            except Exception as error:
+                return without_cuda(error)
+            return [str(to)], [*nvcc.link, "-Wl,--exclude-libs,ALL"]
+
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            try:
+                cuda = pool.submit(compile_cuda, Nvcc())  # the longest first
+            except Exception as error:
+                cuda = pool.submit(without_cuda, error)
+                if CUDA == "1":
+                    cuda.result()
             objects = [file for files in pool.map(compile_one, reversed(jobs)) for file in files]
+            compiled, link = cuda.result()
         output = self.get_ext_fullpath(ext.name)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, output, extra_postargs=openmp, target_lang="c++")
+        self.compiler.link_shared_object(
+            [*objects, *compiled], output, extra_postargs=[*openmp, *link], target_lang="c++"
+        )
 
 
 setup(
     packages=[*find_packages(include=["pyguide", "pyguide.*"]), "pyguide.kernels"],
     package_dir={"pyguide": "pyguide", "pyguide.kernels": "kernels"},
-    ext_modules=[Extension("pyguide._C", ["csrc/bindings.cpp"], depends=sorted(map(str, ROOT.glob("csrc/*.*"))))],
+    exclude_package_data={"pyguide.kernels": ["*.cu", "*.cuh", "*.h"]},
+    ext_modules=[
+        Extension(
+            "pyguide._C",
+            ["csrc/bindings.cpp"],
+            depends=sorted(map(str, [*ROOT.glob("csrc/*.*"), *ROOT.glob("kernels/*.[ch]*")])),
+        )
+    ],
     cmdclass={"build_ext": BuildNative},
 )

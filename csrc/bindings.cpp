@@ -34,7 +34,9 @@ struct Step : Launch {
       return false;
     }
     if (active.empty()) return true;
-    if (elements() >= RELEASE_GIL) {
+    if (placement.placed()) {
+      if (!enqueue(refresh)) return false;
+    } else if (elements() >= RELEASE_GIL) {
       running = true;
       Py_BEGIN_ALLOW_THREADS;
       run(refresh);
@@ -46,43 +48,75 @@ struct Step : Launch {
     finish(refresh);
     return true;
   }
+  bool enqueue(bool refresh) {
+    try {
+      cuda_step(args, placement, refresh);
+    } catch (const std::exception& e) {
+      PyErr_SetString(PyExc_RuntimeError, e.what());
+      return false;
+    }
+    return true;
+  }
 };
 
-// run(*ptrs) as METH_FASTCALL: pybind11's own dispatch would cost more than the rest of a small call.
-PyObject* step_run(PyObject* self, PyObject* const* pointers, Py_ssize_t count) {
+// The Step behind `self`; null with a Python exception set.
+Step* step_of(PyObject* self, const char* name) {
   Step* step = static_cast<Step*>(reinterpret_cast<py::detail::instance*>(self)->simple_value_holder[0]);
-  if (!step) {
-    PyErr_SetString(PyExc_TypeError, "run: the Step was not initialised");
-    return nullptr;
-  }
-  StepArgs& args = step->args;
+  if (!step) PyErr_Format(PyExc_TypeError, "%s: the Step was not initialised", name);
+  return step;
+}
+// The data of the outputs as called; false with a Python exception set.
+bool set_outputs(Step& step, const char* name, PyObject* const* pointers, Py_ssize_t count) {
+  StepArgs& args = step.args;
   if (count != 0 && count != 1 && count != args.branches) {
-    return PyErr_Format(PyExc_ValueError, "run: got %zd addresses, expected 0, 1 or one for each of %d branches", count,
-                        int(args.branches));
+    PyErr_Format(PyExc_ValueError, "%s: got %zd addresses, expected 0, 1 or one for each of %d branches", name, count,
+                 int(args.branches));
+    return false;
   }
   void* data[MAX_BRANCHES];
   for (Py_ssize_t i = 0; i < count; ++i) {
     data[i] = PyLong_AsVoidPtr(pointers[i]);
-    if (!data[i] && PyErr_Occurred()) return nullptr;
+    if (!data[i] && PyErr_Occurred()) return false;
   }
-  if (!step->idle()) return nullptr;
+  if (!step.idle()) return false;
   for (int k = 0; count && k < args.branches; ++k) args.output[k].data = data[count == 1 ? 0 : k];
-  if (!step->launch(false)) return nullptr;
+  return true;
+}
+
+// run(*ptrs) as METH_FASTCALL: pybind11's own dispatch would cost more than the rest of a small call.
+PyObject* step_run(PyObject* self, PyObject* const* pointers, Py_ssize_t count) {
+  Step* step = step_of(self, "run");
+  if (!step || !set_outputs(*step, "run", pointers, count) || !step->launch(false)) return nullptr;
+  Py_RETURN_NONE;
+}
+PyObject* step_enqueue(PyObject* self, PyObject* const* pointers, Py_ssize_t count) {
+  Step* step = step_of(self, "enqueue");
+  if (!step) return nullptr;
+  if (!step->placement.placed()) {
+    PyErr_SetString(PyExc_ValueError,
+                    "enqueue: place() was not called: this Step runs on the CPU, where run() is meant");
+    return nullptr;
+  }
+  if (!set_outputs(*step, "enqueue", pointers, count) || !step->enqueue(false)) return nullptr;
   Py_RETURN_NONE;
 }
 PyObject* step_refresh(PyObject* self, PyObject*) {
-  Step* step = static_cast<Step*>(reinterpret_cast<py::detail::instance*>(self)->simple_value_holder[0]);
-  if (!step) {
-    PyErr_SetString(PyExc_TypeError, "refresh: the Step was not initialised");
-    return nullptr;
-  }
-  if (!step->idle() || !step->launch(true)) return nullptr;
+  Step* step = step_of(self, "refresh");
+  if (!step || !step->idle() || !step->launch(true)) return nullptr;
   Py_RETURN_NONE;
 }
+template <class F>
+PyCFunction fastcall(F* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
 PyMethodDef step_methods[] = {
-    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step_run)), METH_FASTCALL,
+    {"run", fastcall(step_run), METH_FASTCALL,
      "run(*outputs): one row of every sample that is not at its end. No address: the outputs as set; one: the data of "
-     "all outputs; K: the data of each. Raises ValueError before anything is written."},
+     "all outputs; K: the data of each. Raises ValueError before anything is written. On a GPU: one launch on "
+     "`stream`."},
+    {"enqueue", fastcall(step_enqueue), METH_FASTCALL,
+     "enqueue(*outputs): one launch on a GPU, without a look at the host copies and without a change to them; the "
+     "device's own rows decide what runs. For captures."},
     {"refresh", step_refresh, METH_NOARGS,
      "refresh(): writes again the model input and timestep of the evaluation that is due, from the current s_0."},
 };
@@ -167,12 +201,41 @@ PYBIND11_MODULE(_C, m) {
       py::arg("k"), py::arg("ptr"), "timesteps of branch k, time_type; no address: not written");
   c.def(
       "route",
-      [](Step& s, uintptr_t source, uintptr_t target) {
+      [](Step& s, uintptr_t source, uintptr_t target, int64_t stride) {
+        Step::require(stride, "stride", 0, INT64_MAX);
         s.args.source = reinterpret_cast<const int32_t*>(source);
         s.args.target = reinterpret_cast<const int32_t*>(target);
+        s.args.route_stride = stride;
       },
-      py::arg("source"), py::arg("target"),
-      "int32 [batch][branches]: batch index of each branch's output and input, -1: absent");
+      py::arg("source"), py::arg("target"), py::arg("stride") = 0,
+      "int32 [row][batch][branches]: batch index of each branch's output and input, -1: absent; rows `stride` elements "
+      "apart, 0: one for all rows. On the host, also for a Step on a GPU");
+  c.def(
+      "place",
+      [](Step& s, int device, uintptr_t samples, uintptr_t tables, uintptr_t weights, uintptr_t bound, uintptr_t source,
+         uintptr_t target) {
+        Step::require(device, "device", 0, INT32_MAX);
+        Placement& p = s.placement;
+        p.device = device;
+        p.samples = reinterpret_cast<Sample*>(samples);
+        p.tables = reinterpret_cast<const void*>(tables);
+        p.weights = reinterpret_cast<const void*>(weights);
+        p.bound = reinterpret_cast<const void*>(bound);
+        p.source = reinterpret_cast<const int32_t*>(source);
+        p.target = reinterpret_cast<const int32_t*>(target);
+      },
+      py::arg("device"), py::arg("samples"), py::arg("tables"), py::arg("weights"), py::arg("bound"), py::arg("source"),
+      py::arg("target"),
+      "This Step runs on GPU `device`. The addresses there of what samples, tables, weights, bound and route() name on "
+      "the host, where the checks read it; every other address is one of the device from now on");
+  c.def_property(
+      "stream", [](const Step& s) { return reinterpret_cast<uintptr_t>(s.placement.stream); },
+      [](Step& s, uintptr_t value) { s.placement.stream = reinterpret_cast<void*>(value); },
+      "cudaStream_t of the launches, 0: the default stream");
+  c.def_property(
+      "dependent_launch", [](const Step& s) { return s.placement.dependent_launch; },
+      [](Step& s, bool value) { s.placement.dependent_launch = value; },
+      "programmatic dependent launch, on devices of compute capability 9.0 and above");
   c.def_property(
       "check", [](const Step& s) { return s.args.check != 0; }, [](Step& s, bool value) { s.args.check = value; },
       "set NONFINITE in a sample's flags when a written s_0 is not finite");
@@ -204,6 +267,22 @@ PYBIND11_MODULE(_C, m) {
       py::arg("ptr"), py::arg("type"), py::arg("count"), py::arg("seed"), py::arg("ordinal"), py::arg("tag"),
       py::arg("first_element") = 0, "Standard normals of elements first_element .. of one sample's stream.");
   m.def(
+      "cuda_normals",
+      [](int device, uintptr_t stream, uintptr_t to, const std::string& type, int64_t count, uint64_t seed,
+         uint32_t ordinal, uint32_t tag, int64_t first) {
+        Step::require(device, "device", 0, INT32_MAX);
+        Step::require(count, "count", 0, INT64_MAX);
+        Step::require(first, "first_element", 0, INT64_MAX - count);
+        if (!to && count) throw py::value_error("ptr: no address");
+        const Type parsed = parse(type, "type", false);
+        cuda_normals(device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(to), parsed, first, count, seed,
+                     ordinal, tag);
+      },
+      py::arg("device"), py::arg("stream"), py::arg("ptr"), py::arg("type"), py::arg("count"), py::arg("seed"),
+      py::arg("ordinal"), py::arg("tag"), py::arg("first_element") = 0,
+      "normals() to a device address, enqueued on `stream`.");
+  m.def("cuda_reason", cuda_reason, "\"\" if this build has kernels for a GPU of this machine, else why not.");
+  m.def(
       "philox",
       [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key, int rounds) {
         Step::require(rounds, "rounds", 0, 64);
@@ -230,5 +309,7 @@ PYBIND11_MODULE(_C, m) {
   build["flags"] = PG_BUILD_FLAGS;
   build["openmp"] = has_openmp();
   build["version"] = PG_VERSION;
+  build["cuda"] = cuda_build();
+  build["cuda_archs"] = cuda_archs();
   m.attr("build") = build;
 }

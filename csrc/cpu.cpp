@@ -86,7 +86,7 @@ __attribute__((noinline)) bool body(const Program<T>& p, const Pointers<T>& at, 
 
 // The specialised shapes; everything else goes through the one with run-time K and S, whose vectors live in memory.
 inline bool specialised(const Program<float>& p) {
-  return p.branches <= 2 && (p.slots <= 3 || (p.slots == 4 && p.plain));
+  return p.branches <= 2 && (p.slots <= 3 || (p.slots == 4 && p.needs.plain()));
 }
 
 template <int K, Type IO>
@@ -102,7 +102,7 @@ template <int K>
 inline bool any_body(const Program<float>& p, const Pointers<float>& at, Type io, int64_t n) {
   if (io == F16) return plain_body<K, F16>(p, at, n);
   if (io == BF16) return plain_body<K, BF16>(p, at, n);
-  if (p.plain) return plain_body<K, F32>(p, at, n);
+  if (p.needs.plain()) return plain_body<K, F32>(p, at, n);
   if (p.slots == 1) return body<K, 1, 2, false, F32>(p, at, n);
   if (p.slots == 2) return body<K, 2, 2, false, F32>(p, at, n);
   return body<K, 3, 2, false, F32>(p, at, n);
@@ -117,7 +117,7 @@ inline bool run_body(const Program<double>& p, const Pointers<double>& at, Type,
 // The type behind which the model's operands are read and written directly where they are dense.
 inline Type direct_type(const Program<float>& p, const StepArgs& a) {
   const bool half = a.output_type == a.input_type && (a.output_type == F16 || a.output_type == BF16);
-  return half && p.plain && p.branches <= 2 && p.slots <= 3 ? a.output_type : F32;
+  return half && p.needs.plain() && p.branches <= 2 && p.slots <= 3 ? a.output_type : F32;
 }
 inline Type direct_type(const Program<double>&, const StepArgs&) { return F64; }
 
@@ -144,30 +144,31 @@ struct Range {
     build(p, a, b, refresh);
     io = direct_type(p, a);
     for (int c = 0; c < a.slots; ++c) s[c] = static_cast<T*>(a.state) + (c * a.batch + b) * N;
-    const int32_t *source = a.source + b * a.branches, *target = a.target + b * a.branches;
+    const int64_t row = launch_row(a.samples[b], refresh);
+    const int32_t *source = route(a, a.source, b, row), *target = route(a, a.target, b, row);
     for (int k = 0; k < a.branches; ++k) {
       if (p.reads_m >> k & 1) {
         m[k] = View(a.output[k], a.output_type, source[k], a);
         direct &= m[k].dense(io);
         interleaved |= m[k].interleaved();
       }
-      if (p.input && target[k] >= 0) {
+      if (p.needs.input() && target[k] >= 0) {
         in[inputs] = View(a.input[k], a.input_type, target[k], a);
         direct &= in[inputs].dense(io);
         inputs_dense &= in[inputs].dense(compute);
         interleaved |= in[inputs++].interleaved();
       }
     }
-    if (p.noise) {
+    if (p.needs.noise()) {
       philox = !a.noise.data;
       if (!philox) z = View(a.noise, a.state_type, b, a);
       direct &= !philox && z.dense(compute);
     }
-    if (p.gradient) {
+    if (p.needs.gradient()) {
       g = View(a.gradient, a.state_type, b, a);
       direct &= g.dense(compute);
     }
-    if (p.variance) {
+    if (p.needs.variance()) {
       v = View(a.variance, a.output_type, source[a.variance_branch], a);
       direct &= v.dense(compute);
     }
@@ -176,7 +177,7 @@ struct Range {
       direct &= denoised.dense(compute);
     }
   }
-  bool writes_denoised() const { return p.denoised && a.denoised.data; }
+  bool writes_denoised() const { return p.needs.denoised() && a.denoised.data; }
 
   bool run(int64_t begin, int64_t end) {
     bool unfinite = false;
@@ -232,11 +233,11 @@ struct Range {
     if (philox) {
       fill_normals(*next, e, padded, a.samples[b].seed, uint32_t(a.samples[b].row), TAG_STEP);
       at.z = *next++;
-    } else if (p.noise) {
+    } else if (p.needs.noise()) {
       at.z = load(z, e, n, padded, *next++);
     }
-    if (p.gradient) at.g = load(g, e, n, padded, *next++);
-    if (p.variance) at.v = load(v, e, n, padded, *next++);
+    if (p.needs.gradient()) at.g = load(g, e, n, padded, *next++);
+    if (p.needs.variance()) at.v = load(v, e, n, padded, *next++);
     T* staged_input = nullptr;
     at.inputs = inputs;
     if (raw || (full && inputs_dense)) {

@@ -1,5 +1,6 @@
 // A launch on the host side: sizes, addresses and overlaps are checked before the first byte is written, then the
-// kernel runs, then timesteps and rows advance. No Python here; errors are messages.
+// kernel runs, then timesteps and rows advance. A launch on a GPU is checked on host copies of what the kernel reads of
+// samples, rows and routes; the kernel writes timesteps and advances its own rows. No Python here; errors are messages.
 #pragma once
 #include <math.h>
 
@@ -7,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "../kernels/launch.h"
 #include "cpu.h"
+#include "view.h"
 
 namespace pyguide {
 
@@ -25,10 +28,10 @@ inline Type parse(const std::string& name, const char* argument, bool integer) {
   throw std::invalid_argument(std::string(argument) + ": got \"" + name + "\", expected " +
                               (integer ? "float32, float64 or int64" : "float32, float16, bfloat16 or float64"));
 }
-inline int64_t size_of(Type type) { return type == F32 ? 4 : type == F64 || type == I64 ? 8 : 2; }
 
 struct Launch {
-  StepArgs args{};
+  StepArgs args{};  // samples, tables, weights, bound, source and target on the host, whatever the device
+  Placement placement;
   std::vector<int32_t> active;
   std::string error;
   bool philox = false;  // a sample of this launch draws normals
@@ -125,29 +128,30 @@ struct Launch {
       if (!a.weights && s.row > 0 && !refresh) return fail("weights: no address is set");
       build(p, a, b, refresh);
       active.push_back(int32_t(b));
-      if ((p.reads_m || p.variance) && !a.source) return fail("source: route() was not called");
+      const int64_t row = launch_row(s, refresh);
+      if ((p.reads_m || p.needs.variance()) && !a.source) return fail("source: route() was not called");
       for (int k = 0; k < K; ++k) {
         if (p.reads_m >> k & 1) {
-          const int32_t index = a.source[b * K + k];
+          const int32_t index = route(a, a.source, b, row)[k];
           if (index < 0)
             return fail(indexed("source", b) + indexed("", k) + ": a branch with non-zero weight is absent");
           outputs[k].add(index);
         }
-        if (p.input) {
+        if (p.needs.input()) {
           if (!a.target) return fail("target: route() was not called");
-          const int32_t index = a.target[b * K + k];
+          const int32_t index = route(a, a.target, b, row)[k];
           if (index >= 0) inputs[k].add(index);
         }
       }
-      if (p.variance) {
-        const int32_t index = a.source[b * K + a.variance_branch];
+      if (p.needs.variance()) {
+        const int32_t index = route(a, a.source, b, row)[a.variance_branch];
         if (index < 0) return fail(indexed("source", b) + ": the variance branch is absent");
         variance.add(index);
       }
-      if (p.noise && a.noise.data) noise.add(b);
-      philox |= p.noise && !a.noise.data;
-      if (p.gradient) gradient.add(b);
-      if (a.denoised.data && p.denoised) denoised.add(b);
+      if (p.needs.noise() && a.noise.data) noise.add(b);
+      philox |= p.needs.noise() && !a.noise.data;
+      if (p.needs.gradient()) gradient.add(b);
+      if (a.denoised.data && p.needs.denoised()) denoised.add(b);
     }
     if (active.empty()) return true;
 
@@ -209,10 +213,10 @@ struct Launch {
     for (int32_t b : active) {
       const Sample& s = a.samples[b];
       if (!refresh && s.row + 1 >= s.end) continue;
-      const int64_t row = s.row - (refresh ? 1 : 0);
-      const double t = double(static_cast<const T*>(a.tables)[s.table + row * row_width(s.slots) + TIMESTEP]);
+      const int64_t row = launch_row(s, refresh);
+      const double t = double(table_row<T>(a, s, row)[TIMESTEP]);
       for (int k = 0; k < a.branches; ++k) {
-        const int32_t index = a.target[int64_t(b) * a.branches + k];
+        const int32_t index = route(a, a.target, b, row)[k];
         if (index < 0 || !a.time[k]) continue;
         if (a.time_type == F32) static_cast<float*>(a.time[k])[index] = float(t);
         if (a.time_type == F64) static_cast<double*>(a.time[k])[index] = t;
@@ -224,7 +228,7 @@ struct Launch {
   // After check: the kernel, then what the host writes (timesteps, rows).
   void run(bool refresh) { execute(args, active.data(), int64_t(active.size()), refresh, philox); }
   void finish(bool refresh) {
-    args.state_type == F64 ? write_time<double>(refresh) : write_time<float>(refresh);
+    if (!placement.placed()) args.state_type == F64 ? write_time<double>(refresh) : write_time<float>(refresh);
     if (refresh) return;
     for (int32_t b : active) args.samples[b].row += 1;
   }

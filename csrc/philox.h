@@ -89,8 +89,13 @@ PG_INLINE void box_muller(uint32_t x, uint32_t y, double& cosine, double& sine) 
   const double t = (double(uint32_t(~x)) + 0.5) * 0x1p-32;
   const double r = sqrt(-2.0 * (x >= 0xB504F334u ? log1p(-t) : log((double(x) + 0.5) * 0x1p-32)));
   const uint32_t quadrant = (y + 0x20000000u) >> 30;
-  const double a = (double(int32_t(y - (quadrant << 30))) + 0.5) * (6.283185307179586476925 * 0x1p-32);
+  const double turn = (double(int32_t(y - (quadrant << 30))) + 0.5) * 0x1p-32;
+#ifdef __CUDA_ARCH__  // sin and cos there keep the digits of 2 / pi, for large arguments, in local memory
+  double c = cospi(2 * turn), s = sinpi(2 * turn);
+#else
+  const double a = turn * 6.283185307179586476925;
   double c = cos(a), s = sin(a);
+#endif
   if (quadrant & 1) {
     const double swap = c;
     c = s;

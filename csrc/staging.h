@@ -3,11 +3,10 @@
 #include "cpu.h"
 #include "philox.h"
 #include "vec.h"
+#include "view.h"
 
 namespace pyguide {
 namespace {
-
-inline int64_t size_of(Type type) { return type == F32 ? 4 : type == F64 || type == I64 ? 8 : 2; }
 
 // ---- dense conversions --------------------------------------------------------------------------------------------
 template <class T>
@@ -67,33 +66,7 @@ inline void narrow(void* to, const double* from, Type type, int64_t n) {
   }
 }
 
-// ---- views --------------------------------------------------------------------------------------------------------
-// One sample of an operand: rows of `inner` elements, merged where the strides allow it.
-struct View {
-  char* data;
-  Type type;
-  int64_t inner, row_stride, stride;
-
-  View() {}
-  View(const Operand& o, Type type, int64_t index, const StepArgs& a) : type(type) {
-    data = static_cast<char*>(o.data) + index * o.batch_stride * size_of(type);
-    inner = a.inner;
-    row_stride = o.channel_stride;
-    stride = o.inner_stride;
-    if (inner == 1) {
-      stride = row_stride;
-      inner = a.channels;
-    } else if (a.channels == 1 || row_stride == inner * stride) {
-      inner *= a.channels;
-    }
-    whole = inner == a.channels * a.inner;
-  }
-  bool whole;  // one row
-  bool dense(Type compute) const { return type == compute && whole && stride == 1; }
-  bool interleaved() const { return !whole && stride != 1; }
-  char* at(int64_t element) const { return data + element * size_of(type); }
-};
-
+// ---- strided operands ----------------------------------------------------------------------------------------------
 template <class X>
 inline void copy_strided(X* to, int64_t to_stride, const X* from, int64_t from_stride, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];

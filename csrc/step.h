@@ -19,7 +19,8 @@
 // Bytes per element: what the row reads and writes, once each (DDIM with K = 2 in float32: 3 reads + 3 writes = 24
 // bytes). Accumulation: the state's type (float or double), fused multiply-adds, terms in the order of the formula.
 //
-// No framework, CUDA or ONNX Runtime header here. V is a vector of T (scalar per thread on a GPU) with V::set(T), +, *,
+// No framework, CUDA or ONNX Runtime header here. V is a vector of T (a few elements of a thread on a GPU) with
+// V::set(T), +, *,
 // /, fma(a, b, c), sqrt, clamp (which propagates NaN), product_error(a, b, a * b) and exp_sum(hi, lo) = exp(hi + lo).
 #pragma once
 #include <stdint.h>
@@ -27,14 +28,16 @@
 #ifdef __CUDACC__
 #define PG_INLINE __host__ __device__ __forceinline__
 #define PG_LAMBDA
+#define PG_ROLLED _Pragma("unroll 1")
 #else
 #define PG_INLINE inline __attribute__((always_inline))
 #define PG_LAMBDA __attribute__((always_inline))
+#define PG_ROLLED
 #endif
 
 namespace pyguide {
 
-constexpr int ABI = 1;
+constexpr int ABI = 2;
 constexpr int MAX_BRANCHES = 16;
 constexpr int MAX_SLOTS = 16;
 
@@ -56,7 +59,8 @@ struct Sample {
   int32_t row, end;  // row == end: idle
   int32_t slots;     // M of its plan
   int32_t method;    // 0: one weights block per row
-  int32_t flags, reserved;
+  int32_t flags;
+  int32_t ticket;  // GPU: blocks of the running launch that have read the row; 0 between launches
 };
 static_assert(sizeof(Sample) == 48, "mirrored by pyguide.layout.SAMPLE");
 
@@ -71,12 +75,13 @@ struct StepArgs {
   Type state_type, output_type, input_type, time_type;
   void* state;  // [S][B][N]
   const void *tables, *weights, *bound;
-  Sample* samples;                              // [B]
-  const int32_t *source, *target;               // [B][K], -1: absent
-  Operand output[MAX_BRANCHES];                 // output_type, batch index source[b][k]
-  Operand input[MAX_BRANCHES];                  // input_type, batch index target[b][k]
-  void* time[MAX_BRANCHES];                     // time_type, index target[b][k]
-  Operand gradient, variance, noise, denoised;  // state_type (variance: output_type, source[b][variance_branch])
+  Sample* samples;                 // [B]
+  const int32_t *source, *target;  // [row][B][K], rows route_stride elements apart (0: one for all), -1: absent
+  int64_t route_stride;
+  Operand output[MAX_BRANCHES];                 // output_type, batch index source[row][b][k]
+  Operand input[MAX_BRANCHES];                  // input_type, batch index target[row][b][k]
+  void* time[MAX_BRANCHES];                     // time_type, index target[row][b][k]
+  Operand gradient, variance, noise, denoised;  // state_type (variance: output_type, source[row][b][variance_branch])
   int32_t check, threads;
 };
 
@@ -100,12 +105,38 @@ PG_INLINE void each(int n, const F& f) {
   if constexpr (N > 0) {
     unrolled<N>(f);
   } else {
+    PG_ROLLED
     for (int i = 0; i < n; ++i) f(i);
   }
 }
 
 // Bits of Program::terms: T_rc in bit c, b_rk in bit 32 + k.
 enum Term { TERM_D = 16, TERM_E = 17, TERM_N = 18, TERM_Q = 19, TERM_B = 32 };
+
+// What a row needs, in one word: a GPU reads it once.
+struct Needs {
+  static constexpr uint32_t GUIDED = 1 << 0;                     // G
+  static constexpr uint32_t SEPARATE = 1 << 1;                   // U apart from G
+  static constexpr uint32_t DENOISED = 1 << 2;                   // D
+  static constexpr uint32_t READS_X = 1 << 3, READS_G = 1 << 4;  // by D: a_x, a_g are not 0
+  static constexpr uint32_t CLIP = 1 << 5, BOUNDED = 1 << 6;
+  static constexpr uint32_t VARIANCE = 1 << 7, NOISE = 1 << 8, GRADIENT = 1 << 9;
+  static constexpr uint32_t INPUT = 1 << 10;  // a model input is written
+  static constexpr uint32_t PLAIN = 1 << 11;  // none of: o, v, b terms, bound, variance, gradient
+  uint32_t bits;
+  PG_INLINE bool guided() const { return bits & GUIDED; }
+  PG_INLINE bool separate() const { return bits & SEPARATE; }
+  PG_INLINE bool denoised() const { return bits & DENOISED; }
+  PG_INLINE bool reads_x() const { return bits & READS_X; }
+  PG_INLINE bool reads_g() const { return bits & READS_G; }
+  PG_INLINE bool clip() const { return bits & CLIP; }
+  PG_INLINE bool bounded() const { return bits & BOUNDED; }
+  PG_INLINE bool variance() const { return bits & VARIANCE; }
+  PG_INLINE bool noise() const { return bits & NOISE; }
+  PG_INLINE bool gradient() const { return bits & GRADIENT; }
+  PG_INLINE bool input() const { return bits & INPUT; }
+  PG_INLINE bool plain() const { return bits & PLAIN; }
+};
 
 // The coefficients of one sample's row in the state's type T, with bit masks of the non-zero ones.
 template <class T>
@@ -118,10 +149,7 @@ struct Program {
   uint32_t w_mask, v_mask, o_mask;
   uint32_t reads_m, reads_s, writes;  // branches and slots loaded, slots stored
   int branches, slots;
-  bool guided, separate, denoised;  // G, U apart from G, D are needed
-  bool reads_x, reads_g;            // by D: a_x, a_g are not 0
-  bool clip, bounded, variance, noise, gradient, input;
-  bool plain;  // none of: o, v, b terms, bound, variance, gradient
+  Needs needs;
 };
 
 template <class T>
@@ -131,109 +159,163 @@ PG_INLINE void two_sum(T a, T b, T& s, T& error) {
   error = (a - (s - bb)) + (b - bb);
 }
 
+// The row that a launch runs for a sample; with `refresh` the one executed last, whose model input is due.
+PG_INLINE int64_t launch_row(const Sample& sample, bool refresh) { return sample.row - (refresh ? 1 : 0); }
+// Where branches go for sample b at that row: [K] of `routes`, a.source or a.target.
+PG_INLINE const int32_t* route(const StepArgs& a, const int32_t* routes, int64_t b, int64_t row) {
+  return routes + row * a.route_stride + b * a.branches;
+}
 template <class T>
-PG_INLINE uint32_t copy_nonzero(T* to, const T* from, int count) {
-  uint32_t mask = 0;
-  for (int i = 0; i < count; ++i) {
-    to[i] = from[i];
-    mask |= uint32_t(from[i] != T(0)) << i;
+PG_INLINE const T* table_row(const StepArgs& a, const Sample& sample, int64_t row) {
+  return static_cast<const T*>(a.tables) + sample.table + row * row_width(sample.slots);
+}
+// Null where no weights are read: in the prologue and by a refresh.
+template <class T>
+PG_INLINE const T* weights_block(const StepArgs& a, const Sample& sample, int64_t row, bool refresh) {
+  if (refresh || row == 0) return nullptr;
+  const int64_t block = sample.method == 0 ? row * weights_width(a.branches, a.slots, a.guidance_slots) : 0;
+  return static_cast<const T*>(a.weights) + sample.weights + block;
+}
+
+// Who builds a program: one lane (a CPU), or a warp's, which share the slots and know what all of them found.
+struct Alone {
+  static constexpr int lane = 0, lanes = 1;
+  PG_INLINE uint64_t all_or(uint64_t mask) const { return mask; }
+};
+
+// f(i) for a lane's share of 0 .. count, which is 16 at most.
+template <class TEAM, class F>
+PG_INLINE void share(const TEAM& team, int count, const F& f) {
+  static_assert(MAX_BRANCHES <= 16 && MAX_SLOTS <= 16);
+  if constexpr (TEAM::lanes >= 16) {
+    if (team.lane < count) f(team.lane);
+  } else {
+    static_assert(TEAM::lanes == 1);
+    PG_ROLLED
+    for (int i = 0; i < count; ++i) f(i);
   }
+}
+template <class TEAM, class T>
+PG_INLINE uint32_t copy_nonzero(const TEAM& team, T* to, const T* from, int count) {
+  uint32_t mask = 0;
+  share(team, count, [&](int i) PG_LAMBDA {
+    const T x = from[i];
+    to[i] = x;
+    mask |= uint32_t(x != T(0)) << i;
+  });
   return mask;
 }
 
-// The program of sample b. With `refresh` that of writing only the model input that is due (the row executed last).
+// The program of a sample at the row that begins at `head`, with its block of weights (or null) and its bound (or
+// null). With `refresh` that of writing only the model input that is due. Every lane of the team calls this with the
+// same arguments; `p` is complete once they have all returned.
+template <class TEAM, class T>
+PG_INLINE void build(const TEAM& team, Program<T>& p, const StepArgs& a, const Sample& sample, const T* head,
+                     const T* weights, const T* bound, bool refresh) {
+  const int K = a.branches, S = a.slots, M = sample.slots, Sg = a.guidance_slots;
+  const bool input = refresh || sample.row + 1 < sample.end, first = team.lane == 0;
+  const T c_in = head[C_IN];
+  if (first) {
+    p.branches = K;
+    p.slots = S;
+    p.c_in = c_in;
+    p.timestep = head[TIMESTEP];
+  }
+  if (refresh) {
+    share(team, S, [&](int r) PG_LAMBDA { p.terms[r] = 0; });
+    if (first) {
+      p.w_mask = p.v_mask = p.o_mask = p.reads_m = p.writes = 0;
+      p.reads_s = 1;
+      p.needs.bits = Needs::INPUT | Needs::PLAIN;
+    }
+    return;
+  }
+  uint64_t any = 0, masks = 0;  // of all terms, and which slots are written in the upper 16 bits; of w, v, o
+  share(team, S, [&](int r) PG_LAMBDA {
+    const bool solver = r < M, own = weights && r >= S - Sg;
+    const uint64_t itself = uint64_t(1) << r;
+    uint64_t terms = 0;
+    if (solver) {
+      const T* column = head + HEAD + M * M + r;
+      const T d = column[0], e = column[M], n = column[2 * M], q = column[3 * M];
+      terms = copy_nonzero(Alone{}, p.t[r], head + HEAD + r * M, M);
+      p.d[r] = d;
+      p.e[r] = e;
+      p.n[r] = n;
+      p.q[r] = q;
+      terms |= uint64_t(d != T(0)) << TERM_D | uint64_t(e != T(0)) << TERM_E | uint64_t(n != T(0)) << TERM_N |
+               uint64_t(q != T(0)) << TERM_Q;
+    } else if (own) {
+      const T h = weights[2 * K + S + S * K + r - (S - Sg)];
+      p.t[r][r] = h;
+      if (h != T(0)) terms = itself;
+    }
+    if (weights && (solver || own)) {
+      terms |= uint64_t(copy_nonzero(Alone{}, p.b[r], weights + 2 * K + S + r * K, K)) << TERM_B;
+    }
+    const bool kept = terms == itself && p.t[r][r] == T(1);
+    const bool written = !kept && (terms != 0 || r == 0);
+    p.terms[r] = written ? terms : 0;
+    if (written) any |= terms | itself << 48;
+  });
+  if (weights) {
+    masks = copy_nonzero(team, p.w, weights, K);
+    masks |= uint64_t(copy_nonzero(team, p.v, weights + K, K)) << 16;
+    masks |= uint64_t(copy_nonzero(team, p.o, weights + 2 * K, S)) << 32;
+  }
+  any = team.all_or(any);
+  masks = team.all_or(masks);
+  if (!first) return;
+  p.writes = uint32_t(any >> 48);
+  const bool combined = any >> TERM_E & 1;  // U is needed
+  const bool denoised = (any >> TERM_D & 1) || a.denoised.data, reads_g = head[A_G] != T(0);
+  const bool separate = weights && combined && (sample.flags & SEPARATE);
+  const bool guided = weights && ((combined && !separate) || (denoised && reads_g));
+  const uint32_t b_mask = uint32_t(any >> TERM_B & 0xffff);
+  p.w_mask = guided ? uint32_t(masks & 0xffff) : 0;
+  p.v_mask = separate ? uint32_t(masks >> 16 & 0xffff) : 0;
+  p.o_mask = guided ? uint32_t(masks >> 32) : 0;
+  uint32_t needs = (guided ? Needs::GUIDED : 0) | (separate ? Needs::SEPARATE : 0) | (input ? Needs::INPUT : 0) |
+                   (any >> TERM_N & 1 ? Needs::NOISE : 0) | (any >> TERM_Q & 1 ? Needs::GRADIENT : 0);
+  if (denoised) {
+    needs |= Needs::DENOISED | (head[A_X] != T(0) ? Needs::READS_X : 0) | (reads_g ? Needs::READS_G : 0);
+    const T limit = bound ? *bound : T(0);
+    const bool bounded = limit != T(0);
+    const T lo = bounded ? -limit : head[CLIP_LO], hi = bounded ? limit : head[CLIP_HI];
+    p.a_x = head[A_X];
+    p.a_g = head[A_G];
+    p.bound = limit;
+    p.lo = lo;
+    p.hi = hi;
+    if (bounded || lo - lo == T(0) || hi - hi == T(0)) needs |= Needs::CLIP;
+    if (bounded) needs |= Needs::BOUNDED;
+  }
+  const T var_lo = head[VAR_LO], var_hi = head[VAR_HI];
+  if (needs & (Needs::NOISE | Needs::GRADIENT) && (var_lo != T(0) || var_hi != T(0))) {
+    needs |= Needs::VARIANCE;
+    T width, width_lo, mid, error;
+    two_sum(var_hi, -var_lo, width, width_lo);
+    const T half = width / 2, half_lo = width_lo / 2;
+    two_sum(var_lo, half, mid, error);
+    p.half = half;
+    p.half_lo = half_lo;
+    p.mid = mid;
+    p.mid_lo = error + half_lo;
+  }
+  p.reads_m = b_mask | p.w_mask | p.v_mask;
+  p.reads_s = uint32_t(any & 0xffff) | p.o_mask | (needs & Needs::READS_X ? 1 : 0) |
+              (input && c_in != T(0) && !(any >> 48 & 1) ? 1 : 0);
+  const bool rare = needs & (Needs::SEPARATE | Needs::BOUNDED | Needs::VARIANCE | Needs::GRADIENT);
+  p.needs.bits = needs | (rare || p.o_mask || b_mask ? 0 : Needs::PLAIN);
+}
+
+// The same by one lane, from memory as it is.
 template <class T>
 PG_INLINE void build(Program<T>& p, const StepArgs& a, int64_t b, bool refresh) {
   const Sample& sample = a.samples[b];
-  const int K = a.branches, S = a.slots, M = sample.slots, Sg = a.guidance_slots;
-  const int64_t row = sample.row - (refresh ? 1 : 0);
-  const T* head = static_cast<const T*>(a.tables) + sample.table + row * row_width(M);
-  const T *t = head + HEAD, *d = t + M * M, *e = d + M, *n = e + M, *q = n + M;
-  p.branches = K;
-  p.slots = S;
-  p.c_in = head[C_IN];
-  p.timestep = head[TIMESTEP];
-  p.w_mask = p.v_mask = p.o_mask = p.reads_m = p.reads_s = p.writes = 0;
-  p.plain = true;
-  p.guided = p.separate = p.denoised = p.clip = p.bounded = p.variance = p.noise = p.gradient = false;
-  p.input = refresh || row + 1 < sample.end;
-  for (int r = 0; r < S; ++r) p.terms[r] = 0;
-  if (refresh) {
-    p.reads_s = 1;
-    return;
-  }
-  const T* weights = nullptr;
-  if (row > 0) {
-    weights =
-        static_cast<const T*>(a.weights) + sample.weights + (sample.method == 0 ? row * weights_width(K, S, Sg) : 0);
-  }
-  uint64_t any = 0;
-  for (int r = 0; r < M; ++r) {
-    uint64_t terms = copy_nonzero(p.t[r], t + r * M, M);
-    if (weights) terms |= uint64_t(copy_nonzero(p.b[r], weights + 2 * K + S + r * K, K)) << TERM_B;
-    p.d[r] = d[r];
-    p.e[r] = e[r];
-    p.n[r] = n[r];
-    p.q[r] = q[r];
-    terms |= uint64_t(d[r] != T(0)) << TERM_D | uint64_t(e[r] != T(0)) << TERM_E | uint64_t(n[r] != T(0)) << TERM_N |
-             uint64_t(q[r] != T(0)) << TERM_Q;
-    const bool kept = terms == uint64_t(1) << r && p.t[r][r] == T(1);
-    if (kept || (terms == 0 && r > 0)) continue;
-    p.terms[r] = terms;
-    p.writes |= 1u << r;
-    any |= terms;
-  }
-  if (weights) {
-    for (int r = S - Sg; r < S; ++r) {
-      p.t[r][r] = weights[2 * K + S + S * K + r - (S - Sg)];
-      const uint64_t h = uint64_t(p.t[r][r] != T(0)) << r;
-      const uint64_t terms = h | uint64_t(copy_nonzero(p.b[r], weights + 2 * K + S + r * K, K)) << TERM_B;
-      if (terms == 0 || (terms == h && p.t[r][r] == T(1))) continue;
-      p.terms[r] = terms;
-      p.writes |= 1u << r;
-      any |= terms;
-    }
-  }
-  p.reads_s = uint32_t(any & 0xffff);
-  p.reads_m = uint32_t(any >> TERM_B & 0xffff);
-  p.noise = any >> TERM_N & 1;
-  p.gradient = any >> TERM_Q & 1;
-  p.denoised = (any >> TERM_D & 1) || a.denoised.data;
-  const bool combined = any >> TERM_E & 1;  // U is needed
-  p.a_x = head[A_X];
-  p.a_g = head[A_G];
-  p.reads_x = p.a_x != T(0);
-  p.reads_g = p.a_g != T(0);
-  if (p.denoised) {
-    p.bound = a.bound ? static_cast<const T*>(a.bound)[b] : T(0);
-    p.bounded = p.bound != T(0);
-    p.lo = p.bounded ? -p.bound : head[CLIP_LO];
-    p.hi = p.bounded ? p.bound : head[CLIP_HI];
-    p.clip = p.bounded || p.lo - p.lo == T(0) || p.hi - p.hi == T(0);
-    p.reads_s |= p.reads_x;
-  }
-  if (weights) {
-    p.separate = combined && (sample.flags & SEPARATE);
-    p.guided = (combined && !p.separate) || (p.denoised && p.a_g != T(0));
-    if (p.guided) {
-      p.w_mask = copy_nonzero(p.w, weights, K);
-      p.o_mask = copy_nonzero(p.o, weights + 2 * K, S);
-    }
-    if (p.separate) p.v_mask = copy_nonzero(p.v, weights + K, K);
-    p.reads_m |= p.w_mask | p.v_mask;
-    p.reads_s |= p.o_mask;
-  }
-  if ((p.noise || p.gradient) && (head[VAR_LO] != T(0) || head[VAR_HI] != T(0))) {
-    p.variance = true;
-    T width, width_lo, error;
-    two_sum(head[VAR_HI], -head[VAR_LO], width, width_lo);
-    p.half = width / 2;
-    p.half_lo = width_lo / 2;
-    two_sum(head[VAR_LO], p.half, p.mid, error);
-    p.mid_lo = error + p.half_lo;
-  }
-  if (p.input && p.c_in != T(0) && !(p.writes & 1)) p.reads_s |= 1;
-  p.plain = !(p.o_mask || p.separate || p.bounded || p.variance || p.gradient || (any >> TERM_B & 0xffff));
+  const int64_t row = launch_row(sample, refresh);
+  build(Alone{}, p, a, sample, table_row<T>(a, sample, row), weights_block<T>(a, sample, row, refresh),
+        a.bound ? static_cast<const T*>(a.bound) + b : nullptr, refresh);
 }
 
 // exp(mid + half v), the exponent carried as a pair so that |log Sig| does not cost accuracy.
@@ -248,15 +330,26 @@ PG_INLINE V row_variance(const Program<T>& p, const V& v) {
   return exp_sum(sum, error + product_error(half, v, product) + fma(V::set(p.half_lo), v, V::set(p.mid_lo)));
 }
 
-// One vector of elements: m[K], s[S] as loaded; z(), g(), v() load noise, gradient and variance where they are used.
+// One vector of elements: m[k], s[c] as loaded; z(), g(), v() load noise, gradient and variance where they are used
+// (with PLAIN perhaps more than once).
 // Calls write(r, s'_r) for every r in p.writes; D is set where p.denoised. PLAIN compiles away what most rows do not
-// have (Program::plain): without it the rare paths cost the common one its registers, 2.6 times the time at
+// have (Needs::PLAIN): without it the rare paths cost the common one its registers, 2.6 times the time at
 // K = 2, S = 1.
-template <int K, int S, bool PLAIN, class V, class T, class NOISE, class GRADIENT, class VARIANCE, class WRITE>
-PG_INLINE void step_formula(const Program<T>& p, const V* m, const V* s, const NOISE& z, const GRADIENT& g,
+template <int K, int S, bool PLAIN, class V, class T, class M, class SLOTS, class NOISE, class GRADIENT, class VARIANCE,
+          class WRITE>
+PG_INLINE void step_formula(const Program<T>& p, const M& m, const SLOTS& s, const NOISE& z, const GRADIENT& g,
                             const VARIANCE& v, V& D, const WRITE& write) {
+  const Needs needs = p.needs;
+  V variance, noise, gradient;  // Sig, sqrt(Sig) z, Sig g
+  if (!PLAIN) {
+    if (needs.variance()) variance = row_variance(p, v());
+    if (needs.noise()) noise = z();
+    if (needs.noise() && needs.variance()) noise = sqrt(variance) * noise;
+    if (needs.gradient()) gradient = g();
+    if (needs.gradient() && needs.variance()) gradient = variance * gradient;
+  }
   V G = V::set(T(0));
-  if (p.guided) {
+  if (needs.guided()) {
     each<K>(p.branches, [&](auto k) PG_LAMBDA {
       if (p.w_mask >> k & 1) G = fma(V::set(p.w[k]), m[k], G);
     });
@@ -267,23 +360,18 @@ PG_INLINE void step_formula(const Program<T>& p, const V* m, const V* s, const N
     }
   }
   V U = G;
-  if (!PLAIN && p.separate) {
+  if (!PLAIN && needs.separate()) {
     U = V::set(T(0));
     each<K>(p.branches, [&](auto k) PG_LAMBDA {
       if (p.v_mask >> k & 1) U = fma(V::set(p.v[k]), m[k], U);
     });
   }
-  if (p.denoised) {
+  if (needs.denoised()) {
     D = V::set(T(0));
-    if (p.reads_x) D = V::set(p.a_x) * s[0];
-    if (p.reads_g) D = fma(V::set(p.a_g), G, D);
-    if (p.clip) D = clamp(D, V::set(p.lo), V::set(p.hi));
-    if (!PLAIN && p.bounded) D = D / V::set(p.bound);
-  }
-  V variance = V::set(T(1)), deviation = variance;
-  if (!PLAIN && p.variance) {
-    variance = row_variance(p, v());
-    deviation = sqrt(variance);
+    if (needs.reads_x()) D = V::set(p.a_x) * s[0];
+    if (needs.reads_g()) D = fma(V::set(p.a_g), G, D);
+    if (needs.clip()) D = clamp(D, V::set(p.lo), V::set(p.hi));
+    if (!PLAIN && needs.bounded()) D = D / V::set(p.bound);
   }
   each<S>(p.slots, [&](auto r) PG_LAMBDA {
     if (p.writes >> r & 1) {
@@ -299,8 +387,8 @@ PG_INLINE void step_formula(const Program<T>& p, const V* m, const V* s, const N
           if (terms >> (TERM_B + k) & 1) sum = fma(V::set(p.b[r][k]), m[k], sum);
         });
       }
-      if (terms >> TERM_N & 1) sum = fma(V::set(p.n[r]), PLAIN ? z() : deviation * z(), sum);
-      if (!PLAIN && (terms >> TERM_Q & 1)) sum = fma(V::set(p.q[r]), variance * g(), sum);
+      if (terms >> TERM_N & 1) sum = fma(V::set(p.n[r]), PLAIN ? z() : noise, sum);
+      if (!PLAIN && (terms >> TERM_Q & 1)) sum = fma(V::set(p.q[r]), gradient, sum);
       write(r, sum);
     }
   });

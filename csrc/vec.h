@@ -2,11 +2,10 @@
 // F/BW/DQ/VL): Float, Double (arithmetic), Word (uint32), 16-bit conversions (round to nearest even, NaN stays NaN),
 // Wide<V, U> (U vectors). fma is fused wherever the instruction set has it; the x86 baseline (SSE2) rounds twice.
 #pragma once
-#include <float.h>
-#include <math.h>
 #include <string.h>
 
-#include "step.h"
+#include "convert.h"
+#include "exp.h"
 #if PG_LEVEL > 0
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -15,44 +14,6 @@
 
 namespace pyguide {
 namespace {
-
-// ---- scalar conversions -------------------------------------------------------------------------------------------
-PG_INLINE uint32_t bits_of(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return u;
-}
-PG_INLINE float float_of(uint32_t u) {
-  float x;
-  memcpy(&x, &u, 4);
-  return x;
-}
-PG_INLINE float float_from_f16(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
-  if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000 : 0));
-  const float magnitude = rest >= 0x400 ? float_of((rest << 13) + (112u << 23)) : float(rest) * 0x1p-24f;
-  return float_of(sign | bits_of(magnitude));
-}
-PG_INLINE uint16_t f16_from_float(float x) {
-  const uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
-  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00 | (rest >> 13 & 0x3ff));
-  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
-  if (rest < 0x38800000)
-    return uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - 0x3f000000));  // subnormal: ulp(1/2) = 2^-24
-  return uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
-}
-PG_INLINE float float_from_bf16(uint16_t h) { return float_of(uint32_t(h) << 16); }
-PG_INLINE uint16_t bf16_from_float(float x) {
-  const uint32_t u = bits_of(x);
-  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 0x40);
-  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-// double -> float rounded to odd: a second rounding to 16 bits then gives what one rounding would.
-PG_INLINE float odd_float(double x) {
-  const float f = float(x);
-  if (double(f) == x || x != x) return f;
-  return float_of((bits_of(f) - (fabs(double(f)) > fabs(x) ? 1 : 0)) | 1);
-}
 
 // ---- vectors ------------------------------------------------------------------------------------------------------
 #define PG_OPERATORS(V, ADD, SUB, MUL, DIV)                                 \
@@ -257,31 +218,12 @@ PG_INLINE V product_error(const V& a, const V& b, const V& product) {
 
 PG_INLINE Word splat(const Word&, uint32_t x) { return Word::set(x); }
 
-// exp(hi + lo), |lo| small: within 2 * 2^-24 relative. Cephes expf with the low part added to the reduced argument.
-PG_INLINE Float exp_sum(const Float& hi, const Float& lo) {
-  const Float x = clamp(hi, Float::set(-150.f), Float::set(130.f)), magic = Float::set(12582912.f);
-  const Float shifted = fma(x, Float::set(1.44269504f), magic), n = shifted - magic;
-  const Float zero = Float::set(0.f);
-  Float r = fma(zero - n, Float::set(0.693359375f), x);
-  r = fma(n, Float::set(2.12194440e-4f), r) + lo;
-  Float p = fma(Float::set(1.9875691500e-4f), r, Float::set(1.3981999507e-3f));
-  p = fma(p, r, Float::set(8.3334519073e-3f));
-  p = fma(p, r, Float::set(4.1665795894e-2f));
-  p = fma(p, r, Float::set(1.6666665459e-1f));
-  p = fma(p, r, Float::set(5.0000001201e-1f));
-  p = fma(p, r * r, r) + Float::set(1.f);
-  // 2^n in two factors, so that neither leaves the exponent range
-  const Word k = as_bits(shifted) - as_bits(magic) + Word::set(512), first = k >> 1, second = k - first;
-  return p * as_float((first + Word::set(127 - 256)) << 23) * as_float((second + Word::set(127 - 256)) << 23);
-}
+PG_INLINE Float exp_sum(const Float& hi, const Float& lo) { return exp_pair<Word>(hi, lo); }
 PG_INLINE Double exp_sum(const Double& hi, const Double& lo) {
   double a[Double::width], b[Double::width];
   hi.store(a);
   lo.store(b);
-  for (int i = 0; i < Double::width; ++i) {
-    const double scale = ::exp(a[i]);
-    a[i] = b[i] == b[i] && scale < DBL_MAX ? scale + scale * b[i] : scale;
-  }
+  for (int i = 0; i < Double::width; ++i) a[i] = exp_pair(a[i], b[i]);
   return Double::load(a);
 }
 

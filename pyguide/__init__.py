@@ -8,6 +8,7 @@ images = sampler(pyguide.randn(0, (4, 4, 64, 64), like=torch.empty(0)), cond={..
 
 from . import models, schedules, solvers
 from .compiler import CertificateError, TraceError, compile
+from .graph import CaptureError
 from .guidance import CFG, Guidance
 from .noise import randn
 from .path import Level, NoisePath
@@ -27,6 +28,7 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "CFG",
+    "CaptureError",
     "CertificateError",
     "Event",
     "Guidance",

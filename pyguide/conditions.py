@@ -26,6 +26,11 @@ class Call:
     shape: tuple[int, ...] = ()  # of x, and so of the output
     branch: int = 0  # the first one
 
+    @property
+    def key(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """What tells this call from others of the run: its branches and their samples."""
+        return tuple((k, tuple(samples.tolist())) for k, samples in self.members)
+
 
 @dataclass
 class Routing:

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from . import native
+from . import backends, native
 from .extras import require
 from .version import __version__
 
 OPTIONAL = ("torch", "triton", "onnxruntime", "diffusers")
-NO_GPU_KERNELS = "not built: this version of pyguide has no GPU kernels"
 
 
 def _package(name: str) -> str:
@@ -47,6 +46,8 @@ def _native() -> dict[str, Any]:
         "threads": _threads() if module.build["openmp"] else 1,
         "compiler": module.build["compiler"],
         "flags": module.build["flags"],
+        "cuda": module.build["cuda"],
+        "cuda_archs": module.build["cuda_archs"],
     }
 
 
@@ -65,7 +66,8 @@ def report() -> dict[str, Any]:
     """Versions, the native core and the back ends, as plain data that `json.dumps` accepts.
 
     Keys: pyguide, python, platform, cpus, packages {name: version or reason}, native {loaded, and reason or else file,
-    abi, isa (in use), isas (available), openmp, threads, compiler, flags}, backends {name: "ready" or why not}.
+    abi, isa (in use), isas (available), openmp, threads, compiler, flags, cuda (nvcc's version or why there are no CUDA
+    kernels), cuda_archs}, backends {name: "ready" or why not}.
     """
     packages = {"numpy": np.__version__} | {name: _package(name) for name in OPTIONAL}
     core = _native()
@@ -78,9 +80,9 @@ def report() -> dict[str, Any]:
         "packages": packages,
         "native": core,
         "backends": {
-            "native (CPU)": "ready" if core["loaded"] else core["reason"],
-            "native (CUDA)": NO_GPU_KERNELS,
-            "triton": NO_GPU_KERNELS,
+            "native (CPU)": backends.why_not("native", "cpu") or "ready",
+            "native (CUDA)": backends.why_not("native", "cuda") or "ready",
+            "triton": backends.why_not("triton", "cuda") or "ready",
             "reference": "ready" if torch == "ready" else f"ready for numpy arrays; {torch}",
         },
     }

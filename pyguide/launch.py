@@ -1,17 +1,21 @@
-"""The buffers of one run, and the two ways to execute a row on them: the native kernel and the reference."""
+"""The buffers of one run, and two ways to execute a row on them: the native CPU kernel and the reference.
+
+device.py has the ways that run on a GPU. All of them are a `Step`.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import arrays, native, noise, reference
 from .arrays import Array
+from .buffers import Buffers
 from .layout import NONFINITE, SAMPLE, SEPARATE, TAG_STEP, Row, row_width, split_row, split_weights, weights_width
 
 
@@ -25,6 +29,8 @@ class Launch:
     tables: NDArray[Any]  # rows, in the dtype of the state, on the host
     weights: NDArray[Any]  # guidance blocks, likewise
     samples: NDArray[Any]  # [B] layout.SAMPLE
+    source: NDArray[np.int32]  # [B, K], or by row [rows, B, K]: where each branch lies in its output, -1: absent
+    target: NDArray[np.int32]  # likewise where the next model input goes
     guidance_slots: int = 0
     noise: Array | None = None  # [B, C, *] in the dtype of the state: supplied noise; None: from the seeds
     denoised: Array | None = None  # [B, C, *] where D goes, if anyone wants it
@@ -34,36 +40,44 @@ class Launch:
     bound: Array | None = None  # [B] in the dtype of the state: clip to +-bound and divide by it; 0: the row's clip
     check: bool = False
     threads: int = 0
+    buffers: Buffers = field(default_factory=Buffers)  # where a back end that needs more arrays keeps them
+
+    @property
+    def route_stride(self) -> int:
+        """Elements from the routes of one row to those of the next."""
+        return int(self.source[0].size) if self.source.ndim == 3 else 0
 
 
-class Buffers:
-    """The arrays of a run by name. A sampler keeps those of its last run: large ones cost page faults when fresh."""
+class Step(Protocol):
+    """A way to execute rows on the arrays of a launch."""
 
-    def __init__(self) -> None:
-        self._arrays: dict[str, tuple[Any, Array]] = {}
+    launch: Launch
+    on_device: bool  # samples advance in a copy on the device; device.py says what such a step has besides
 
-    def array(self, name: str, shape: Sequence[int], dtype: str, like: Array) -> Array:
-        """An uninitialised array: the one of that name if it still fits, else a new one."""
-        place = (like.device, arrays.inference_mode()) if arrays.is_torch(like) else None
-        key = (tuple(shape), dtype, place)
-        if name not in self._arrays or self._arrays[name][0] != key:
-            self._arrays[name] = (key, arrays.empty(shape, dtype, like))
-        return self._arrays[name][1]
+    def use_noise(self, supplied: bool) -> None:
+        """Whether the next rows read `launch.noise` or draw from the seeds."""
+
+    def advance(self, outputs: Sequence[Array | None]) -> None:
+        """Run the next row of every sample. outputs: one array for all branches, one per branch, or none (prologue)."""
+
+    def refresh(self) -> None:
+        """Write the model inputs that are due again, from the state as it is now."""
+
+    def nonfinite(self) -> NDArray[np.bool_]:
+        """[B] which samples have met NaN or infinity, if the launch checks for them."""
 
 
 class NativeStep:
     """Rows through `pyguide._C.Step`: one call, no allocation."""
 
+    on_device = False
+
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
         self.branches = len(launch.inputs)
-        self.strides: tuple[int, ...] | None = None
+        self.layouts: tuple[Any, ...] | None = None  # strides of the outputs that the kernel was told last
         self.dtype: Any = launch.inputs[0].dtype  # of the model's outputs: what its inputs are until one says otherwise
-        self.routes: tuple[Any, Any] = (None, None)
-        written = [launch.state, *launch.inputs, *launch.times, *([] if launch.denoised is None else [launch.denoised])]
-        tracked = {id(a): a for a in written if arrays.is_torch(a) and not a.is_inference()}
-        self.bumped = tuple(tracked.values())
-        self.bump: Any = _version_counter() if self.bumped else None
+        self.bumped, self.bump = versions(launch)
         self.supplied = False
         self.step = self._bind()
 
@@ -77,6 +91,7 @@ class NativeStep:
         step = native.C.Step(batch, channels, inner, self.branches, slots, a.guidance_slots, *types)
         step.state, step.samples = arrays.pointer(a.state), arrays.pointer(a.samples)
         step.tables, step.weights = arrays.pointer(a.tables), arrays.pointer(a.weights)
+        step.route(arrays.pointer(a.source), arrays.pointer(a.target), a.route_stride)
         step.check, step.threads = a.check, a.threads
         for k in range(self.branches):
             step.set_input(k, *_walk(a.inputs[k]))
@@ -89,40 +104,42 @@ class NativeStep:
             step.set_gradient(*_walk(a.gradient))
         if a.variance is not None:
             step.set_variance(*_walk(a.variance), a.variance_branch)
-        if a.bound is not None:
-            step.bound = arrays.pointer(a.bound)
-        self.strides = None
-        self.routes = (None, None)
+        self._bind_bound(step)
+        self.layouts = None
         return step
 
+    def _bind_bound(self, step: Any) -> None:
+        if self.launch.bound is not None:
+            step.bound = arrays.pointer(self.launch.bound)
+
     def use_noise(self, supplied: bool) -> None:
-        """Whether the next rows read `launch.noise` or draw from the seeds."""
         self.supplied = supplied and self.launch.noise is not None
         self.step.set_noise(*(_walk(self.launch.noise) if self.supplied else (0, 0, 0, 0)))
 
-    def advance(self, outputs: Sequence[Array | None], source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
-        """Run the next row of every sample. outputs: one array for all branches, one per branch, or none (prologue)."""
-        first = outputs[0] if len(outputs) == 1 else next((out for out in outputs if out is not None), None)
-        if first is not None and first.dtype != self.dtype:
-            self.dtype = first.dtype
-            self.step = self._bind()
-        if source is not self.routes[0] or target is not self.routes[1]:
-            self.step.route(source.ctypes.data, target.ctypes.data)
-            self.routes = (source, target)
-        if first is None:
-            self.step.run()
-        elif len(outputs) == 1:
-            layout = arrays.strides(first) if isinstance(first, np.ndarray) else first.stride()
-            if layout != self.strides:
-                self._set_outputs([first] * self.branches)
-                self.strides = layout
-            self.step.run(first.ctypes.data if isinstance(first, np.ndarray) else first.data_ptr())
-        else:
-            self._set_outputs(outputs)
-            self.strides = None
-            self.step.run()
+    def advance(self, outputs: Sequence[Array | None]) -> None:
+        addresses = self._addresses(outputs)  # first: outputs of another dtype make another step
+        self.step.run(*addresses)
         if self.bumped:  # what was written through pointers must not pass for unchanged
             self.bump(self.bumped)
+
+    def _addresses(self, outputs: Sequence[Array | None]) -> tuple[int, ...]:
+        """Of the outputs, whose strides the kernel is told where they are new."""
+        first = outputs[0] if len(outputs) == 1 else next((out for out in outputs if out is not None), None)
+        if first is None:
+            return ()
+        if first.dtype != self.dtype:
+            self.dtype = first.dtype
+            self.step = self._bind()
+        if isinstance(first, np.ndarray):
+            layouts = tuple(None if out is None else arrays.strides(out) for out in outputs)
+            addresses = tuple(0 if out is None else out.ctypes.data for out in outputs)
+        else:
+            layouts = tuple(None if out is None else out.stride() for out in outputs)
+            addresses = tuple(0 if out is None else out.data_ptr() for out in outputs)
+        if layouts != self.layouts:
+            self._set_outputs([first] * self.branches if len(outputs) == 1 else outputs)
+            self.layouts = layouts
+        return addresses
 
     def _set_outputs(self, outputs: Sequence[Array | None]) -> None:
         for k, out in enumerate(outputs):
@@ -132,20 +149,29 @@ class NativeStep:
             self.step.set_output(k, *_walk(out))
 
     def refresh(self) -> None:
-        """Write the model inputs that are due again, from the state as it is now."""
         self.step.refresh()
         if self.bumped:
             self.bump(self.bumped)
 
+    def nonfinite(self) -> NDArray[np.bool_]:
+        return nonfinite(self.launch.samples)
 
-def _version_counter() -> Any:
-    """What torch.autograd.graph.increment_version calls after an isinstance check that costs 1 us a row."""
+
+def versions(launch: Launch) -> tuple[tuple[Array, ...], Any]:
+    """The tensors that a row writes through pointers, and what to call with them: their version counters then move.
+
+    That is what torch.autograd.graph.increment_version calls, after a check that costs 1 us a row.
+    """
+    written = [launch.state, *launch.inputs, *launch.times, *([] if launch.denoised is None else [launch.denoised])]
+    tracked = tuple({id(a): a for a in written if arrays.is_torch(a) and not a.is_inference()}.values())
+    if not tracked:
+        return (), None
     bump = sys.modules["torch"]._C._increment_version
     try:
         bump(())
     except (TypeError, RuntimeError):  # releases that take one tensor
-        return lambda tensors: [bump(tensor) for tensor in tensors]
-    return bump
+        return tracked, lambda tensors: [bump(tensor) for tensor in tensors]
+    return tracked, bump
 
 
 def _walk(array: Array) -> tuple[int, int, int, int]:
@@ -170,18 +196,18 @@ class Absent:
 class ReferenceStep:
     """Rows through `reference.step`, sample by sample: the definition, on any device that the arrays are on."""
 
+    on_device = False
+
     def __init__(self, launch: Launch) -> None:
         self.launch, self.supplied = launch, False
-        self.target: NDArray[np.int32] | None = None
 
     def use_noise(self, supplied: bool) -> None:
         self.supplied = supplied
 
-    def advance(self, outputs: Sequence[Array], source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
-        """As NativeStep.advance. All samples are computed before the first one is written: an error changes nothing."""
-        a, self.target = self.launch, target
+    def advance(self, outputs: Sequence[Array | None]) -> None:
+        a = self.launch
         due = [b for b, sample in enumerate(a.samples) if sample["row"] != sample["end"]]
-        results = [self._computed(b, outputs, source) for b in due]
+        results = [self._computed(b, outputs) for b in due]  # all before the first is written: an error changes nothing
         for b, (row, slots, done) in zip(due, results, strict=True):
             sample = a.samples[b]
             for c, (old, new) in enumerate(zip(slots, done.slots, strict=True)):
@@ -193,14 +219,14 @@ class ReferenceStep:
                 sample["flags"] |= NONFINITE
             sample["row"] += 1
             if sample["row"] < sample["end"]:
-                self._write_input(b, row)
+                self._write_input(b, int(sample["row"]) - 1, row)
 
-    def _computed(self, b: int, outputs: Sequence[Array], source: NDArray[np.int32]) -> tuple[Row, list[Array], Any]:
+    def _computed(self, b: int, outputs: Sequence[Array | None]) -> tuple[Row, list[Array], Any]:
         """The row of sample b, its slots as they are, and what the row makes of them."""
         a, K, S = self.launch, len(self.launch.inputs), self.launch.state.shape[0]
         sample, dtype = a.samples[b], arrays.dtype_name(a.state)
         i, block = int(sample["row"]), weights_width(K, S, a.guidance_slots)
-        slots, row = [a.state[c, b] for c in range(S)], self._row(sample, i)
+        slots, row, source = [a.state[c, b] for c in range(S)], self._row(sample, i), _routes(a.source, i, b)
         weights = None
         branches: list[Array] = [None] * K
         if i:
@@ -210,7 +236,7 @@ class ReferenceStep:
             each = [*outputs] * (K if len(outputs) == 1 else 1) or [None] * K
             branches = [
                 Absent(f"outputs[{k}] of sample {b}") if place < 0 or out is None else arrays.cast(out[place], dtype)
-                for k, (place, out) in enumerate(zip(source[b].tolist(), each, strict=True))
+                for k, (place, out) in enumerate(zip(source, each, strict=True))
             ]
         z: Any = None
         g: Any = None
@@ -220,7 +246,7 @@ class ReferenceStep:
         if any(row.q):
             g = Absent("gradient") if a.gradient is None else a.gradient[b]
         if (z is not None or g is not None) and (row.var_lo != 0 or row.var_hi != 0):
-            place = source[b, a.variance_branch]
+            place = source[a.variance_branch]
             variance = Absent("variance")
             if a.variance is not None and place >= 0:
                 variance = arrays.cast(a.variance[place], dtype)
@@ -239,19 +265,31 @@ class ReferenceStep:
         values = noise.normals(int(sample["seed"]), int(np.prod(shape)), i, TAG_STEP).reshape(shape)
         return arrays.from_numpy(values.astype(arrays.dtype_name(like)), like)
 
-    def _write_input(self, b: int, row: Row) -> None:
+    def _write_input(self, b: int, i: int, row: Row) -> None:
         a = self.launch
-        assert self.target is not None
-        for k, (x, t) in enumerate(zip(a.inputs, a.times, strict=True)):
-            place = int(self.target[b, k])
+        for place, x, t in zip(_routes(a.target, i, b), a.inputs, a.times, strict=True):
             if place >= 0:
                 x[place] = arrays.cast(a.state[0, b] * row.c_in, arrays.dtype_name(x))
                 t[place] = round(row.timestep) if "int" in str(t.dtype) else row.timestep
 
     def refresh(self) -> None:
         for b, sample in enumerate(self.launch.samples):
-            if 0 < sample["row"] < sample["end"]:
-                self._write_input(b, self._row(sample, int(sample["row"]) - 1))
+            i = int(sample["row"]) - 1  # the row that wrote them
+            if 0 <= i < sample["end"] - 1:
+                self._write_input(b, i, self._row(sample, i))
+
+    def nonfinite(self) -> NDArray[np.bool_]:
+        return nonfinite(self.launch.samples)
+
+
+def _routes(routes: NDArray[np.int32], row: int, b: int) -> list[int]:
+    """[K] of sample b."""
+    found: list[int] = (routes[row] if routes.ndim == 3 else routes)[b].tolist()
+    return found
+
+
+def nonfinite(samples: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.asarray((samples["flags"] & NONFINITE) != 0)
 
 
 def place_samples(batch: int, rows: int, slots: int, seeds: Sequence[int] | None, block: int) -> NDArray[Any]:

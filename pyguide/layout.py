@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ABI = 1  # of the structs below and of csrc/step.h; a mismatch refuses to load
+ABI = 2  # of the structs below and of csrc/step.h; a mismatch refuses to load
 HEAD = 8
 CLIP = slice(2, 4)  # columns of a row that may be infinite: clip_lo and clip_hi
 TIMESTEP = 5  # column of a row
@@ -29,7 +29,7 @@ SAMPLE = np.dtype(
         ("slots", "<i4"),  # M of its plan
         ("method", "<i4"),  # 0: a guidance block per row; otherwise one block, computed before each launch
         ("flags", "<i4"),
-        ("reserved", "<i4"),
+        ("ticket", "<i4"),  # GPU: blocks of the running launch that have read the row; 0 between launches
     ]
 )
 SEPARATE, NONFINITE = 1, 2  # flags: U has its own weights v; a written x was not finite (set by the kernel)

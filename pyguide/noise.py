@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import native
+from . import arrays, native
 from .layout import TAG_INITIAL
 
 _MASK = np.uint64(0xFFFFFFFF)
@@ -76,10 +76,13 @@ def randn(seeds: int | Sequence[int], shape: Sequence[int], *, like: Any | None 
     shape = tuple(operator.index(size) for size in shape)
     if not shape or min(shape) < 0:
         raise ValueError(f"shape: expected [B, C, *] with sizes >= 0, got {shape}")
-    count = int(np.prod(shape[1:]))
+    count, values = int(np.prod(shape[1:])), check_seeds(seeds, shape[0])
     double = like is not None and str(like.dtype).endswith("float64")
+    on_cuda = like is not None and arrays.is_torch(like) and like.device.type == "cuda"
+    if on_cuda and count and native.C is not None and not native.C.cuda_reason():
+        return _on_cuda(values, shape, like)
     out = np.empty((shape[0], count), np.float64 if double else np.float32)
-    for sample, seed in zip(out, check_seeds(seeds, shape[0]), strict=True):
+    for sample, seed in zip(out, values, strict=True):
         if native.C is not None and count:
             native.C.normals(sample.ctypes.data, str(sample.dtype), count, seed, 0, TAG_INITIAL)
         else:
@@ -90,3 +93,17 @@ def randn(seeds: int | Sequence[int], shape: Sequence[int], *, like: Any | None 
     import torch
 
     return torch.from_numpy(out).to(device=like.device, dtype=like.dtype)
+
+
+def _on_cuda(seeds: Sequence[int], shape: Sequence[int], like: Any) -> Any:
+    """The same, made where it is used: one launch a sample."""
+    import torch
+
+    assert native.C is not None
+
+    wide = like.dtype if like.dtype == torch.float64 else torch.float32
+    out, stream = torch.empty(tuple(shape), dtype=wide, device=like.device), arrays.current_stream(like.device)
+    for sample, seed in zip(out, seeds, strict=True):
+        place = (like.device.index or 0, stream, sample.data_ptr(), arrays.dtype_name(sample), sample.numel())
+        native.C.cuda_normals(*place, seed, 0, TAG_INITIAL)
+    return out.to(like.dtype)

@@ -20,15 +20,17 @@ Registered with Library.define and impl: a call costs a third of what the custom
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import arrays, native
+from . import arrays, backends, native
+from .device import Resident
 from .extras import require
-from .launch import Launch, NativeStep, ReferenceStep
+from .launch import Launch
 from .layout import SAMPLE, row_width, weights_width
 from .noise import randn as initial_noise
 from .run import Run
@@ -42,6 +44,8 @@ FLOATS = tuple(getattr(torch, name) for name in arrays.FLOATS)
 STATES = (torch.float32, torch.float64)
 TIMES = (torch.float32, torch.float64, torch.int64)
 WORDS = SAMPLE.itemsize // 8  # int64 words of a sample
+NOTHING = np.empty(0)  # host copies that a launch on a GPU does without
+NOWHERE = np.empty((0, 0), np.int32)
 
 # a compiler must hand over memory as the program laid it out: the state is walked as one contiguous block
 _TAG = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
@@ -100,9 +104,9 @@ def operands(sampler: Sampler, noise: Tensor, *, seeds: int | Sequence[int] | No
     run = Run(sampler, noise, None, None, conds, seeds, None, None, None, events=False)
     if run.is_numpy:
         raise TypeError("noise: expected a torch tensor, got ndarray")
+    run.release(to_caller=True)
     a, count = run.launch, 1 if run.batched else len(branches)
-    absent = np.full((run.batch, len(branches)), -1, np.int32)
-    routes = np.stack([absent, *(routing.index for routing in run.routes), absent])
+    routes = np.concatenate([a.source, a.target[-1:]])
     samples = a.samples.view(np.int64).reshape(run.batch, WORDS)
     # the table is the sampler's own: a copy. The rest was made for this run.
     given = (samples, a.tables.copy(), a.weights, routes)
@@ -293,9 +297,11 @@ def step(
         D    = clip(a_x s_0 + a_g sum_k w_k m_k)
         s'_r = sum_c T_rc s_c + d_r D + e_r U + sum_k b_rk m_k + n_r sqrt(Sig) z + q_r Sig g;   next input = c_in s'_0
 
-    (in full: reference.py). The native kernel on a CPU where it is loaded, else the reference; on other devices the
-    reference, which reads the rows on the host. A single tensor of inputs or outputs holds all branches.
-    check: NONFINITE in a sample's flags if a written x is not finite. threads: 0 is automatic.
+    (in full: reference.py). On the first back end that runs on the device, as in Sampler(backend="auto"). A single
+    tensor of inputs or outputs holds all branches.
+    check: NONFINITE in a sample's flags if a written x is not finite. threads: 0 is automatic; for a CPU.
+    A GPU kernel is enqueued on the current stream and nothing is read back: there the values of samples, source and
+    target are not looked at (a sample whose row is not below its end is left alone), and must be those of `operands`.
     Raises TypeError (dtype) or ValueError (shape, device, layout, overlap, an operand that requires grad, a row or an
     index out of range, an operand that a row reads and that is absent) naming the argument, before anything is written.
     """
@@ -316,23 +322,43 @@ def step(
 
     every = [*written, *outputs, table, weights, source, target, *optional.values()]
     _check_overlap(every, len(written), names)
-    on_cpu, branches = state.device.type == "cpu", source.shape[1]
+    device, branches = state.device.type, source.shape[1]
+    repeat = branches if len(inputs) == 1 else 1
+    operated = state, [*inputs] * repeat, [*times] * repeat
+    stepper = _stepper(device, native.C)
+    if stepper.on_device:  # nothing is read back: the values are the kernel's to follow
+        resident = Resident(samples.view(torch.int32), table.flatten(), weights.flatten(), source, target)
+        launch = Launch(*operated, NOTHING, NOTHING, samples=NOTHING, source=NOWHERE, target=NOWHERE, **options)
+        runner = stepper(launch, resident)
+        runner.use_noise(noise is not None)
+        runner.enqueue(outputs)
+        _bump(samples)
+        return
     host = samples.cpu().numpy().view(SAMPLE).reshape(-1)
     here, there = source.cpu().numpy(), target.cpu().numpy()
     sizes = state.shape[0], guidance_slots, table.numel(), weights.numel()
     _check_samples(host, here.tolist(), there.tolist(), inputs, outputs, *sizes)
-    repeat = branches if len(inputs) == 1 else 1
     options["bound"] = None if bound is None else bound.cpu()
     tables, blocks = table.cpu().flatten(), weights.cpu().flatten()
-    launch = Launch(state, [*inputs] * repeat, [*times] * repeat, tables, blocks, host, **options)
-    runner = NativeStep(launch) if on_cpu and native.C is not None else ReferenceStep(launch)
-    if noise is not None:
-        runner.use_noise(True)
-    runner.advance(outputs, here, there)
-    if not on_cpu:
+    launch = Launch(*operated, tables, blocks, host, here, there, **options)
+    runner = stepper(launch)
+    runner.use_noise(noise is not None)
+    runner.advance(outputs)
+    if device != "cpu":
         samples.copy_(torch.from_numpy(host.view(np.int64).reshape(-1, WORDS)))
-    elif not samples.is_inference():  # written through numpy
-        torch.autograd.graph.increment_version(samples)
+    else:  # written through numpy
+        _bump(samples)
+
+
+@functools.cache
+def _stepper(device: str, core: Any) -> Any:
+    """What runs rows on a device type; `core` is native.C, on which that depends."""
+    return backends.stepper(backends.choose("auto", device), device)
+
+
+def _bump(tensor: Tensor) -> None:
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _check_randn(seeds: Tensor, shape: Sequence[int], dtype: Any) -> None:

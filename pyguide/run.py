@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import arrays, native
+from . import arrays, backends
 from .arrays import Array
 from .conditions import Call, Cond, Routing, check, route, stack
 from .draws import Draws
-from .launch import Buffers, Launch, NativeStep, ReferenceStep, place_samples
-from .layout import NONFINITE, weights_width
+from .graph import CapturedLoop, keep
+from .launch import Launch, Step, place_samples
+from .layout import weights_width
 from .noise import check_seeds
 from .path import Level
 from .plan import Plan
@@ -45,7 +46,7 @@ class Event:
 
 
 class Run:
-    """One run. Everything is checked in the constructor; `events` runs it; `result` is the last state, a new array."""
+    """One run. Everything is checked in the constructor; `complete` or `events` runs it, once; `release` ends it."""
 
     def __init__(
         self,
@@ -86,30 +87,27 @@ class Run:
                 )
         active = weights != 0
         by_branch = self._conditions(cond, uncond, conds, active.any(axis=(0, 1)))
-        on_cpu = isinstance(noise, np.ndarray) or noise.device.type == "cpu"
-        if sampler.backend == "native" and not on_cpu:
-            raise ValueError(f"noise: the native back end runs on the CPU, got a tensor on {noise.device}")
         self.is_numpy = isinstance(noise, np.ndarray)
-        self.device = None if self.is_numpy else noise.device
-        self.step: NativeStep | ReferenceStep | None = None
+        self.device: Any = None if self.is_numpy else noise.device
+        where = "cpu" if self.is_numpy else str(noise.device.type)
+        self.backend = sampler._backend_for(where)
+        self.step: Step | None = None
+        self.captured: CapturedLoop | None = None
         if 0 in self.shape:  # nothing to sample
             return
-        try:
-            self.buffers = sampler._spare.pop()
-        except IndexError:  # the first run, or another one is under way in another thread
-            self.buffers = Buffers()
+        kind, self.buffers = sampler._spare.take(noise)
+        self._release = weakref.finalize(self, sampler._spare.give, kind, self.buffers)
+        self._release.atexit = False
+        self.routes: list[Routing] = _routings(active, self.batched)
         self.launch = self._buffers(weights)
         self.output_dtype: Any = self.launch.inputs[0].dtype
         spans = {(arrays.pointer(x), arrays.pointer(x) + x.nbytes) for x in self.launch.inputs}
         self.input_spans = tuple(spans)
-        self.routes = self._routes(active, by_branch)
-        if sampler.backend == "auto" and not on_cpu:
-            warnings.warn(
-                f"no fused kernel for {noise.device} yet: pyguide runs its reference", RuntimeWarning, stacklevel=3
-            )
-        runner = NativeStep if sampler.backend != "reference" and native.C is not None and on_cpu else ReferenceStep
-        self.step = runner(self.launch)
+        self._bind_calls(by_branch)
+        self.step = backends.stepper(self.backend, where)(self.launch)
         self.step.use_noise(bool(self.noisy))
+        if sampler.cuda_graph:
+            self.captured = CapturedLoop(self)
 
     # ---- setting up -------------------------------------------------------------------------------------------
     def _conditions(
@@ -155,6 +153,8 @@ class Run:
         shared = bool((weights == weights[:, :1]).all())
         blocks = np.zeros((1 if shared else self.batch, plan.evaluations + 1, weights_width(K, S, 0)))
         blocks[:, 1:, :K] = np.swapaxes(weights[:, :1] if shared else weights, 0, 1)
+        nowhere = np.full((self.batch, K), -1, np.int32)  # row 0 reads no output, the last one writes no input
+        routes = np.stack([nowhere, *(routing.index for routing in self.routes), nowhere])
         return Launch(
             state=state,
             inputs=inputs * (K // count),
@@ -164,52 +164,50 @@ class Run:
             samples=place_samples(self.batch, plan.evaluations + 1, S, self.seeds, 0 if shared else blocks[0].size),
             noise=array("noise", self.shape, state_dtype, self.like) if self.noisy else None,
             denoised=array("denoised", self.shape, state_dtype, self.like) if self.wants_events else None,
+            source=routes[:-1],
+            target=routes[1:],
             check=self.sampler.check != "off",
+            buffers=self.buffers,
         )
 
-    def _routes(self, active: NDArray[np.bool_], conds: list[Cond]) -> list[Routing]:
-        """One routing per evaluation; evaluations that run the same branches of the same samples share it."""
-        known: dict[bytes, Routing] = {}
-        routes: list[Routing] = []
-        same = (active[1:] == active[:-1]).all(axis=(1, 2)).tolist()
-        for i, here in enumerate(active):
-            if i and same[i - 1]:
-                routes.append(routes[-1])
-                continue
-            key = here.tobytes()
-            if key not in known:
-                known[key] = routing = route(here, self.batched)
-                for call in routing.calls:
-                    buffer = call.members[0][0]
-                    call.x, call.t = self.launch.inputs[buffer][: call.size], self.launch.times[buffer][: call.size]
-                    call.cond = stack(conds, call, self.batch)
-                    call.shape, call.branch = tuple(call.x.shape), buffer
-            routes.append(known[key])
-        return routes
+    def _bind_calls(self, conds: list[Cond]) -> None:
+        """Each call's views of the launch's buffers and its stacked conditions."""
+        calls = {id(call): call for routing in self.routes for call in routing.calls}.values()
+        for n, call in enumerate(calls):
+            buffer = call.members[0][0]
+            call.x, call.t = self.launch.inputs[buffer][: call.size], self.launch.times[buffer][: call.size]
+            call.cond = stack(conds, call, self.batch)
+            if self.sampler.cuda_graph:
+                call.cond = keep(call.cond, self.buffers, self.like, ("cond", n))
+            call.shape, call.branch = tuple(call.x.shape), buffer
+
+    def release(self, *, to_caller: bool = False) -> None:
+        """Give the buffers back to the sampler, now and not when the run is collected: nothing of it is read any more.
+        Or leave them to the caller, who goes on."""
+        if self.step is not None:
+            self._release.detach() if to_caller else self._release()
 
     # ---- running ----------------------------------------------------------------------------------------------
-    def drain(self, callback: Callable[[Event], Any] | None = None) -> None:
-        """Run to the end."""
-        for _ in self.events(callback):
-            pass
+    def complete(self, callback: Callable[[Event], Any] | None = None) -> Array:
+        """Run to the end: the last state, a new array in the dtype of the noise."""
+        try:
+            for _ in self.events(callback):
+                pass
+            return arrays.cast(self.like if self.step is None else self.launch.state[0], self.dtype)
+        finally:
+            self.release()
 
     def events(self, callback: Callable[[Event], Any] | None = None) -> Iterator[Event | None]:
         """Run; yields after each evaluation: an event, told to the callback first, or None if nobody wants them."""
         if self.step is None:
             return
-        step, model, accepted = self.step, self.model, self._accepted
-        nowhere = np.full((self.batch, len(self.branches)), -1, np.int32)
-        self._draw(0)
-        step.advance((), nowhere, self.routes[0].index)
-        targets = [routing.index for routing in self.routes[1:]] + [nowhere]
+        self.draw(0)
+        self.step.advance(())
+        turn = self._turn if self.captured is None else self.captured.turn
         bar = _bar(len(self.routes)) if self.sampler.progress else None
         try:
-            for i, (routing, target) in enumerate(zip(self.routes, targets, strict=True)):
-                outputs = [accepted(model(call.x, call.t, **call.cond), call) for call in routing.calls]
-                if not self.batched:
-                    outputs = self._by_branch(outputs, routing.calls)
-                self._draw(i + 1)
-                step.advance(outputs, routing.index, target)
+            for i, routing in enumerate(self.routes):
+                turn(i, routing)
                 if bar is not None:
                     bar.update()
                 event = self._event(i) if self.wants_events else None
@@ -217,11 +215,24 @@ class Run:
                     callback(event)
                 yield event
         finally:
+            self.captured = None  # it holds the run
             if bar is not None:
                 bar.close()
         self._report()
 
-    def _draw(self, row: int) -> None:
+    def _turn(self, i: int, routing: Routing) -> None:
+        """Evaluation i: the model, then the row that consumes it."""
+        outputs = self.outputs(routing)
+        self.draw(i + 1)
+        self.step.advance(outputs)  # type: ignore[union-attr]  # events() has looked
+
+    def outputs(self, routing: Routing) -> list[Array]:
+        """The model's outputs of an evaluation: one for all branches, or one per branch."""
+        model, accepted = self.model, self._accepted
+        outputs = [accepted(model(call.x, call.t, **call.cond), call) for call in routing.calls]
+        return outputs if self.batched else self._by_branch(outputs, routing.calls)
+
+    def draw(self, row: int) -> None:
         """Noise from outside for a row that adds some; rows with seeds draw theirs in the kernel."""
         if row in self.noisy:
             self.draws.fill(self.launch.noise, row)
@@ -253,7 +264,10 @@ class Run:
         if self.is_numpy:
             return any(np.may_share_memory(out, x) for x in self.launch.inputs)
         start = out.data_ptr()
-        return any(low <= start < high for low, high in self.input_spans)
+        for low, high in self.input_spans:  # noqa: SIM110  any() of a generator costs 0.5 us an evaluation
+            if low <= start < high:
+                return True
+        return False
 
     def _check_output(self, out: Array, call: Call) -> None:
         if not arrays.is_array(out) or isinstance(out, np.ndarray) != self.is_numpy:
@@ -293,18 +307,27 @@ class Run:
     def _report(self) -> None:
         if self.sampler.check == "off":
             return
-        bad = (self.launch.samples["flags"] & NONFINITE) != 0
+        assert self.step is not None
+        bad = self.step.nonfinite()
         self.sampler.nonfinite = bad
         if self.sampler.check == "raise" and bad.any():
             raise FloatingPointError(f"samples {np.flatnonzero(bad).tolist()} met NaN or infinity")
 
-    def result(self) -> Array:
-        """The last state, a new array in the dtype of the noise; the buffers go back to the sampler, so only once."""
-        if self.step is None:
-            return arrays.cast(self.like, self.dtype)
-        out = arrays.cast(self.launch.state[0], self.dtype)
-        self.sampler._spare[:] = [self.buffers]
-        return out
+
+def _routings(active: NDArray[np.bool_], batched: bool) -> list[Routing]:
+    """One routing per evaluation [R, B, K]; evaluations that run the same branches of the same samples share it."""
+    known: dict[bytes, Routing] = {}
+    routes: list[Routing] = []
+    same = (active[1:] == active[:-1]).all(axis=(1, 2)).tolist()
+    for i, here in enumerate(active):
+        if i and same[i - 1]:
+            routes.append(routes[-1])
+            continue
+        key = here.tobytes()
+        if key not in known:
+            known[key] = route(here, batched)
+        routes.append(known[key])
+    return routes
 
 
 def check_noise(noise: Array) -> tuple[int, ...]:

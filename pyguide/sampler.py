@@ -9,16 +9,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import models, native
+from . import backends, models, native
 from .arrays import Array
+from .backends import Backend
+from .buffers import Spare
 from .conditions import Cond
+from .extras import require
 from .guidance import Guidance
-from .launch import Buffers
 from .layout import TIMESTEP
 from .plan import Plan
 from .run import Event, Run, time_column
 
-Backend = Literal["auto", "native", "triton", "reference"]
+GRAPH_SHAPES = 4  # kinds of noise whose graphs a sampler keeps
 
 
 class Sampler:
@@ -29,8 +31,13 @@ class Sampler:
         keep.
     plan: from `pyguide.compile`.
     guidance: CFG(...) and its relatives; None calls the model once, with `cond`.
-    backend: "native" (the C++ kernel, CPU), "reference" (plain array arithmetic, any device), or "auto": native where
-        it can run, else the reference; `repr` says which and why.
+    backend: "native" (C++ on a CPU, CUDA on a GPU), "triton" (a GPU), "reference" (plain array arithmetic, any
+        device), or "auto": the first of these that runs on the device of the noise; `repr` says which ran, and where.
+    cuda_graph: record model and step as one CUDA graph and replay it once per evaluation: for noise on a GPU, and a
+        model that does the same on the GPU at every call (its first run takes longer; a model that cannot be recorded
+        is a CaptureError that names the call). Graphs are kept for the last 4 shapes of the noise; results, events and
+        callbacks are as without them. A module's parameters may change in place or move; tensors that a function closes
+        over must stay where they are. `repr` says how much memory the graphs hold beside the sampler's buffers.
     check: "flag" leaves in `nonfinite` [B] which samples of the last run met NaN or infinity, "raise" makes it a
         FloatingPointError at the end of the run; neither looks at the data in between.
     progress: a tqdm bar over the evaluations.
@@ -57,29 +64,49 @@ class Sampler:
         if backend not in ("auto", "native", "triton", "reference"):
             raise ValueError(f'backend: expected "auto", "native", "triton" or "reference", got {backend!r}')
         if backend == "triton":
-            raise RuntimeError("backend: this version has no Triton back end")
+            require("triton")
         if native.C is None and backend == "native":
             raise RuntimeError(f"backend: the native kernel is not available: {native.reason}")
-        if native.C is None and backend == "auto":
-            warnings.warn(f"pyguide runs its slow reference: {native.reason}", RuntimeWarning, stacklevel=2)
-        if cuda_graph:
-            raise RuntimeError("cuda_graph: this version has no CUDA back end to capture")
+        if cuda_graph and backend == "reference":
+            raise ValueError("cuda_graph: the reference reads its rows on the host, and a graph cannot")
         if check not in ("off", "flag", "raise"):
             raise ValueError(f'check: expected "off", "flag" or "raise", got {check!r}')
         self.model = models.wrap(model)
+        if cuda_graph and not self.model.capturable:
+            raise ValueError(f"cuda_graph: {type(self.model).__name__} runs outside of torch, which cannot record it")
+        self.cuda_graph = cuda_graph
         self.plan, self.guidance, self.progress = plan, guidance, progress
         self.backend: Backend = backend
         self.check = check
         self.nonfinite: NDArray[np.bool_] | None = None
         self._tables: dict[tuple[str, str], NDArray[Any]] = {}
-        self._spare: list[Buffers] = []  # of the last run, for the next; a run that is under way has taken them out
+        self._spare = Spare(GRAPH_SHAPES if cuda_graph else 1)
+        self._ran: dict[str, str] = {}  # back end by device type
         time_column(plan, self.model.time)  # a convention that the plan cannot serve is an error now
 
     def __repr__(self) -> str:
-        which: str = self.backend
-        if which == "auto":
-            which = "native" if native.C is not None else f"reference, because {native.reason}"
-        return f"Sampler({self.plan!r}, {self.guidance!r}, backend={which})"
+        which = ", ".join(f"{name} ({device})" for device, name in self._ran.items()) or self.backend
+        text = f"Sampler({self.plan!r}, {self.guidance!r}, backend={which}"
+        if self.cuda_graph:
+            graphs = self._spare.graphs()
+            text += f", cuda_graph={len(graphs)} recorded, {sum(graph.memory for graph in graphs) / 2**20:.1f} MiB"
+        return text + ")"
+
+    def _backend_for(self, device: str) -> str:
+        """The back end on a device type. ValueError naming backend or cuda_graph if what was asked for cannot run."""
+        if self.cuda_graph and device != "cuda":
+            raise ValueError(f"cuda_graph: expected noise on a CUDA device, got {device}")
+        if device not in self._ran:
+            name = backends.choose(self.backend, device)
+            if name == "reference" and self.backend == "auto":
+                reasons = "; ".join(
+                    f"{other}: {backends.why_not(other, device)}" for other in backends.candidates(device)
+                )
+                if self.cuda_graph:
+                    raise ValueError(f"cuda_graph: no fused kernel runs on {device}: {reasons}")
+                warnings.warn(f"pyguide runs its slow reference on {device}: {reasons}", RuntimeWarning, stacklevel=4)
+            self._ran[device] = name
+        return self._ran[device]
 
     def __call__(
         self,
@@ -111,10 +138,8 @@ class Sampler:
             import torch
 
             with torch.no_grad():
-                run.drain()
-        else:
-            run.drain(callback)
-        return run.result()
+                return run.complete()
+        return run.complete(callback)
 
     def stream(
         self,
@@ -130,8 +155,15 @@ class Sampler:
         callback: Callable[[Event], Any] | None = None,
     ) -> Iterator[Event]:
         """The same run as an iterator of events, one per evaluation; the last one's x is the result."""
-        run = Run(self, noise, cond, uncond, conds, seeds, generator, noises, blend, events=True)
-        return run.events(callback)  # type: ignore[return-value]  # with events=True each one is an Event
+        return self._streamed(
+            Run(self, noise, cond, uncond, conds, seeds, generator, noises, blend, events=True), callback
+        )
+
+    def _streamed(self, run: Run, callback: Callable[[Event], Any] | None) -> Iterator[Event]:
+        try:
+            yield from run.events(callback)  # type: ignore[misc]  # with events=True each one is an Event
+        finally:
+            run.release()
 
     def _table(self, dtype: str) -> NDArray[Any]:
         """The plan's rows in the dtype of the state, their timestep column in the model's convention."""

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 
 from pyguide import native
 
 
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """pyguide._C whose GPU is simulated in this process: the CUDA kernels compiled for the host (once a session)."""
+    if native.C is None:
+        pytest.skip(f"no native kernel: {native.reason}")
+    from simulated.build import build  # needs pybind11
+
+    return build(tmp_path_factory.mktemp("simulated"))
+
+
 @pytest.fixture(params=["native", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every way to run a row here; a new back end adds its name, and every test of the step runs on it."""
+    """The ways to run a row on a CPU. Those of a GPU: test_device.py and tests/gpu."""
     if request.param == "native" and native.C is None:
         pytest.skip(f"no native kernel: {native.reason}")
     return str(request.param)

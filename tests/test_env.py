@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 
-from pyguide import env, extras, native
+from pyguide import backends, env, extras, native
 from pyguide.version import __version__
 
 
@@ -65,8 +64,8 @@ def test_report_is_plain_data_with_every_key() -> None:
     assert list(report["packages"]) == ["numpy", *env.OPTIONAL]
     assert report["packages"]["torch"] == sys.modules["torch"].__version__
     assert report["backends"]["reference"] == "ready"
-    for back_end in ("native (CUDA)", "triton"):
-        assert report["backends"][back_end].startswith("not built: ")
+    for name, back_end in (("native (CUDA)", "native"), ("triton", "triton")):
+        assert report["backends"][name] == (backends.why_not(back_end, "cuda") or "ready")
 
 
 def test_report_shows_what_the_native_core_was_built_with() -> None:
@@ -82,7 +81,8 @@ def test_report_shows_what_the_native_core_was_built_with() -> None:
 
 def test_report_gives_the_reason_of_a_missing_core(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     reason = "not compiled: no C++ compiler (g++) was found"
-    monkeypatch.setattr(env, "native", SimpleNamespace(C=None, reason=reason))
+    monkeypatch.setattr(native, "C", None)
+    monkeypatch.setattr(native, "reason", reason)
     assert env.report()["native"] == {"loaded": False, "reason": reason}
     assert env.report()["backends"]["native (CPU)"] == reason
     env.main([])

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from pyguide import native
+
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SOURCE = (
     ".git",
@@ -67,7 +69,7 @@ def environment(where: Path) -> Environment:
 def no_compiler(python: Path) -> dict[str, str]:
     """An environment in which only what is beside `python` can be found."""
     missing = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PATH": str(python.parent)}
-    return {k: v for k, v in os.environ.items() if k != "PYGUIDE_NATIVE"} | missing
+    return {k: v for k, v in os.environ.items() if k not in ("PYGUIDE_NATIVE", "PYGUIDE_CUDA")} | missing
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +115,8 @@ def test_sdist_holds_what_the_build_and_the_tests_need(built: tuple[Path, Path])
         "setup.py pyproject.toml Makefile LICENSE NOTICE README.md CHANGELOG.md CONTRIBUTING.md kernels/__init__.py"
     )
     assert names >= set(wanted.split())
-    for pattern in ("csrc/*.h", "csrc/*.cpp", "tests/*", "pyguide/**/*.py", "pyguide/**/*.safetensors"):
-        tree = {str(p.relative_to(ROOT)) for p in ROOT.glob(pattern) if p.is_file()}
+    for pattern in ("csrc/*.*", "kernels/*.*", "tests/**/*.*", "pyguide/**/*.py", "pyguide/**/*.safetensors"):
+        tree = {str(p.relative_to(ROOT)) for p in ROOT.glob(pattern) if p.is_file() and p.suffix != ".pyc"}
         assert tree, pattern
         assert tree <= names, f"{pattern}: {sorted(tree - names)} are missing"
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
@@ -145,6 +147,8 @@ def test_the_wheel_works_outside_the_tree_without_torch(installed: Environment) 
     report = installed.report()
     assert report["native"]["loaded"], report
     assert report["native"]["file"].startswith(str(installed.python.parents[1]))
+    archs = installed.evaluate("from pyguide import native; print(native.C.build['cuda_archs'])")
+    assert archs == str(native.C.build["cuda_archs"])  # with the CUDA kernels where nvcc is
     assert report["packages"]["torch"] == "torch is not installed: pip install pyguide[torch]"
     assert report["backends"]["reference"] == f"ready for numpy arrays; {report['packages']['torch']}"
 
@@ -167,7 +171,7 @@ def test_importing_pyguide_imports_numpy_and_nothing_else(installed: Environment
 def test_installs_from_the_tree_with_build_isolation(source: Path, tmp_path: Path) -> None:
     fresh = environment(tmp_path)
     start = time.perf_counter()
-    fresh.pip("install", source)
+    fresh.pip("install", source, env={**os.environ, "PYGUIDE_CUDA_ARCHS": "90"})
     print(f"pip install . with build isolation: {time.perf_counter() - start:.1f} s")
     assert fresh.report()["native"]["loaded"]
 

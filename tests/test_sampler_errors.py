@@ -109,8 +109,17 @@ BEFORE_THE_MODEL = {
     "rho": (lambda: schedules.edm().path(4, rho=1e-3), ValueError, "rho.*0.001"),
     "solver hint": (lambda: pyguide.compile("DPM++ 2N", PATH), ValueError, "solver: .* did you mean 'dpmpp_2.'"),
     "prediction hint": (lambda: pyguide.compile("ddim", PATH, prediction="v_prediction"), ValueError, "is 'v'"),
-    "cuda_graph": (lambda: Sampler(never, PLAN, cuda_graph=True), RuntimeError, "cuda_graph.*CUDA"),
-    "triton": (lambda: Sampler(never, PLAN, backend="triton"), RuntimeError, "backend.*Triton"),
+    "cuda_graph on a CPU": (
+        lambda: Sampler(never, PLAN, cuda_graph=True)(X),
+        ValueError,
+        "cuda_graph: expected noise on a CUDA device, got cpu",
+    ),
+    "cuda_graph of the reference": (
+        lambda: Sampler(never, PLAN, backend="reference", cuda_graph=True),
+        ValueError,
+        "cuda_graph: the reference",
+    ),
+    "triton on a CPU": (lambda: Sampler(never, PLAN, backend="triton")(X), ValueError, "backend: 'triton'.*GPU"),
     "unit on edm": (
         lambda: Sampler(
             pyguide.models.wrap(never, time="unit"),

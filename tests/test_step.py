@@ -68,8 +68,8 @@ def test_random_plans(isa: str, seed: int) -> None:
         guidance_slots=pick(0, 0, 1, 2), state=pick("float32", "float32", "float64"), output=pick("float32", *half),
         inputs=pick("float32", *half), time=pick("float32", "int64", "float64"), layout=pick(*LAYOUTS),
         density=pick(0.2, 0.5, 1.0), denoised=pick(True, False), noise=pick("none", "tensor", "philox"),
-        gradient=pick(True, False), variance=pick(True, False), bound=pick(True, False), row=pick(0, 1, 2, 3),
-        absent=pick(True, False), nan=pick(True, False),
+        gradient=pick(True, False), variance=pick(True, False), bound=pick(True, False),
+        row=pick(0, 1, 2, 3, (2, 1, 3)), absent=pick(True, False), nan=pick(True, False), routes=pick(True, False),
     )  # fmt: skip
     idle = int(rng.integers(4))
     launch.samples[idle]["end"] = launch.samples[idle]["row"]
@@ -108,7 +108,7 @@ def convert(values: np.ndarray, state: str, inputs: str) -> np.ndarray:
     launch = Launch(0, batch=1, inner=values.size, branches=1, slots=(1,), state=state, inputs=inputs, row=0)
     launch.tables.reshape(2, -1)[0] = [0, 0, -np.inf, np.inf, 1, 0, 0, 0, 1, 0, 0, 0, 0]
     launch.state.view[0, 0] = values
-    launch.step.run()
+    launch.run()
     return np.array(launch.input[0].view[launch.target[0, 0], 0])
 
 
@@ -146,7 +146,7 @@ def test_every_16_bit_value_is_read_exactly(isa: str) -> None:
             launch.output[0].view[launch.source[0, 0], 0] = (
                 np.arange(1 << 16).astype(np.uint16).view(oracle.STORAGE[output])
             )
-            launch.step.run()
+            launch.run()
             expected = launch.output[0].get(launch.source[0, 0]).ravel()
             got = launch.state.get((0, 0))
             assert np.array_equal(got, expected, equal_nan=True)
@@ -162,7 +162,7 @@ def test_identity_is_not_rewritten(isa: str) -> None:
     launch.state.view[0, 0, 5:7] = np.inf, 3
     launch.bind(check=True)
     before = launch.state.memory.copy()
-    launch.step.run()
+    launch.run()
     assert before.tobytes() == launch.state.memory.tobytes()
     assert launch.samples["flags"][0] & NONFINITE == 0
     x = launch.input[0].get(launch.target[0, 0]).ravel()
@@ -170,13 +170,13 @@ def test_identity_is_not_rewritten(isa: str) -> None:
     assert np.signbit(x).sum() == 68
     launch.tables.reshape(3, -1)[0:, 8] = 2  # negative control: 2 s_0 is written
     launch.samples["row"] = 1
-    launch.step.run()
+    launch.run()
     assert launch.samples["flags"][0] & NONFINITE
 
 
 def test_int64_timesteps_round_to_nearest(isa: str) -> None:
     launch = Launch(3, time="int64", row=1)
-    launch.step.run()
+    launch.run()
     for i in range(launch.B):
         for k in range(launch.K):
             assert launch.time[k][launch.target[i, k]] == 8  # 7.5 away from zero
@@ -184,7 +184,7 @@ def test_int64_timesteps_round_to_nearest(isa: str) -> None:
 
 
 def result_bytes(launch: Launch) -> bytes:
-    launch.step.run()
+    launch.run()
     return b"".join(t.view.tobytes() for t in launch.written())
 
 
@@ -218,7 +218,7 @@ def test_batch_position_does_not_change_bits(isa: str) -> None:
         for k in range(2):
             launch.output[k].view[launch.source[at, k]] = only.output[k].view[only.source[0, k]]
         launch.bind()
-        launch.step.run()
+        launch.run()
         return launch.state.view[0, at].tobytes() + launch.input[0].view[launch.target[at, 0]].tobytes()
 
     reference = run(1, 0, 0)
@@ -231,11 +231,11 @@ def test_nonfinite_is_flagged(isa: str) -> None:
         for value in (np.nan, np.inf):
             launch = Launch(1, batch=3, inner=inner, density=1.0, check=True, row=1)
             launch.output[0].view[launch.source[1, 0], 0, inner - 1] = value
-            launch.step.run()
+            launch.run()
             assert [bool(f & NONFINITE) for f in launch.samples["flags"]] == [False, True, False]
     launch = Launch(1, batch=3, density=1.0, check=False, row=1)  # negative control
     launch.output[0].view[...] = np.nan
-    launch.step.run()
+    launch.run()
     assert not (launch.samples["flags"] & NONFINITE).any()
 
 
@@ -244,14 +244,14 @@ def test_nan_passes_through_the_clip(isa: str) -> None:
         launch = Launch(2, batch=1, inner=40, density=1.0, row=1, denoised=True, bound=bound)
         launch.tables.reshape(3, -1)[1, 2:4] = -0.5, 0.5
         launch.output[1].view[launch.source[0, 1], 0, 7] = np.nan
-        launch.step.run()
+        launch.run()
         assert np.flatnonzero(np.isnan(launch.denoised.get(0).ravel())).tolist() == [7]
 
 
 def test_refresh_writes_the_input_that_is_due(isa: str) -> None:
     launch = Launch(4, batch=3, inner=70, inputs="bfloat16", slots=(2,), row=1)
     launch.samples["end"] = 3, 2, 3
-    launch.step.run()
+    launch.run()
     launch.state.set(np.random.default_rng(0).normal(size=launch.state.shape))
     before = launch.state.memory.copy()
     samples = launch.samples.copy()
@@ -259,7 +259,7 @@ def test_refresh_writes_the_input_that_is_due(isa: str) -> None:
         t.set(np.full(t.shape, 99.0))
     for time in launch.time:
         time[...] = -7
-    launch.step.refresh()
+    launch.refresh()
     np.testing.assert_array_equal(launch.samples, samples)
     assert before.tobytes() == launch.state.memory.tobytes()
     for i in range(3):

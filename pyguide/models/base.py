@@ -36,10 +36,12 @@ class Model(ABC):
         same model may be run with torch's and with numpy's arrays.
     time_dtype: the dtype that t is converted to if it has another, None if the model takes t as it comes.
     in_channels, out_channels: of x and of the output, None if unknown.
+    capturable: whether its calls run on torch's stream, where a CUDA graph can record them.
     """
 
     array: Literal["torch", "numpy"] | None = None
     time_dtype: str | None = None
+    capturable = True
     in_channels: int | None = None
     out_channels: int | None = None
 
@@ -56,6 +58,10 @@ class Model(ABC):
     @abstractmethod
     def __call__(self, x: Array, t: Array, /, **cond: Any) -> Array:
         """The model's output [n, C, *] for x [n, C, *] at times t [n]."""
+
+    def addresses(self) -> tuple[Any, ...]:
+        """Where its weights lie: a CUDA graph reads them there, and is stale once they have moved."""
+        return ()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.obj).__name__}, time={self.time!r}, channel_dim={self.channel_dim})"

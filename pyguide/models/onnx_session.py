@@ -45,6 +45,7 @@ class OnnxSession(Model):
     go through DLPack.
     """
 
+    capturable = False
     array = "numpy"
 
     def __init__(self, obj: Any, *, time: Time, inputs: Mapping[str, str], channel_dim: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +44,12 @@ class TorchModel(Function):
         if isinstance(x, np.ndarray):
             return self._numpy(x, t, cond)
         return output(self._no_grad(x, t, cond))
+
+    def addresses(self) -> tuple[Any, ...]:
+        return tuple((weight.data_ptr(), weight.dtype) for weight in self._weights())
+
+    def _weights(self) -> Any:
+        return itertools.chain(self.obj.parameters(), self.obj.buffers())
 
     def _parameters(self) -> Any:
         return self.obj.parameters()
@@ -86,6 +93,9 @@ class ExportedProgram(TorchModel):
     @property
     def dtype(self) -> str | None:
         return self._dtype
+
+    def _weights(self) -> Any:
+        return itertools.chain(self._module.parameters(), self._module.buffers())
 
     def _parameters(self) -> Any:
         return self._module.parameters()

@@ -1,0 +1,85 @@
+// Which kernel a launch takes and how many blocks, chosen on the host from sizes, types and addresses alone: rows live
+// on the device. Shared with tests/simulated.
+#pragma once
+#include "dense.cuh"
+#include "launch.h"
+#include "staged.cuh"
+
+namespace pyguide {
+
+struct Geometry {
+  int dense_slots = 0;  // S of the kernel of dense.cuh, 0: that of staged.cuh
+  bool half = false;    // its model operands are of a 16-bit type
+  int threads;          // of a block
+  uint32_t parts;       // blocks of a sample
+  int64_t shared = 0;   // bytes of dynamic shared memory
+  Columns columns;      // of staged.cuh
+};
+
+namespace {
+
+// The arguments as the device sees them.
+inline StepArgs on_device(StepArgs a, const Placement& placement) {
+  a.samples = placement.samples;
+  a.tables = placement.tables;
+  a.weights = placement.weights;
+  a.bound = placement.bound;
+  a.source = placement.source;
+  a.target = placement.target;
+  return a;
+}
+
+// Every sample of the operand begins at a multiple of 16 bytes and is contiguous.
+inline bool dense_operand(const StepArgs& a, const Operand& o, Type type) {
+  if (!o.data) return true;
+  return View(o, type, 0, a).contiguous() && aligned(o.data, 16) && o.batch_stride * size_of(type) % 16 == 0;
+}
+inline bool dense_launch(const StepArgs& a) {
+  const bool half = a.output_type == F16 || a.output_type == BF16;
+  if (a.state_type != F32 || a.output_type != a.input_type || a.output_type == F64) return false;
+  if (a.branches > DENSE_BRANCHES || a.slots > DENSE_SLOTS) return false;
+  if (a.channels * a.inner % (half ? 8 : 4) || !aligned(a.state, 16)) return false;
+  for (int k = 0; k < a.branches; ++k) {
+    if (!dense_operand(a, a.output[k], a.output_type) || !dense_operand(a, a.input[k], a.input_type)) return false;
+  }
+  return dense_operand(a, a.gradient, F32) && dense_operand(a, a.noise, F32) && dense_operand(a, a.denoised, F32) &&
+         dense_operand(a, a.variance, a.output_type);
+}
+
+// Blocks that fill the device once, split over the samples: a block that works on many tiles pays once for its program.
+inline uint32_t parts_of(int64_t batch, int64_t elements, int64_t tile, int64_t resident) {
+  const int64_t tiles = (elements + tile - 1) / tile, fair = (resident + batch - 1) / batch;
+  const int64_t most = INT32_MAX / batch, parts = tiles < fair ? tiles : fair;
+  return uint32_t(parts < most ? parts : most);
+}
+
+// `processors`: multiprocessors of the device.
+inline Geometry geometry_of(const StepArgs& a, int processors) {
+  Geometry g;
+  const int64_t N = a.channels * a.inner;
+  if (dense_launch(a)) {
+    g.dense_slots = a.slots == 3 ? 4 : a.slots;
+    g.half = a.output_type != F32;
+    g.threads = DENSE_THREADS;
+    g.parts = parts_of(a.batch, N, DENSE_TILE, int64_t(processors) * dense_blocks(g.dense_slots));
+    return g;
+  }
+  g.columns = Columns(a);
+  const bool wide = a.state_type == F64;
+  const int64_t control = wide ? control_bytes<double>() : control_bytes<float>();
+  const int64_t raw = StagedControl<float>::raw_width * (wide ? 8 : 4), chunks = g.columns.count;
+  g.threads = STAGED_THREADS;
+  while (g.threads > WARP && control + chunks * CHUNK * g.threads > STAGED_BYTES) g.threads /= 2;
+  const int64_t columns = chunks * CHUNK * g.threads;
+  g.shared = control + (raw > columns ? raw : columns);
+  const int64_t tile = g.threads * unit_length(a.state_type);
+  g.parts = parts_of(a.batch, N, tile, int64_t(processors) * STAGED_BLOCKS);
+  return g;
+}
+
+inline int64_t normals_blocks(int64_t count, int processors) {
+  return parts_of(1, count + 3, STAGED_THREADS * 4, int64_t(processors) * STAGED_BLOCKS);
+}
+
+}  // namespace
+}  // namespace pyguide

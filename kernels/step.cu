@@ -1,0 +1,284 @@
+// The step on a CUDA device: launches of the kernels of dense.cuh and staged.cuh, and their errors. See csrc/step.h for
+// the formula: one launch runs, for every sample, the row that the sample stands at.
+//
+// step_dense<S, HALF>  K <= 2 branches, up to S = 1, 2, 4 slots, a float32 state, model operands of float32 or (HALF)
+// all
+//                      of one 16-bit type, everything dense and aligned to 16 bytes: operands stay in registers.
+// step_staged<T>       all the rest, for a state of T: operands pass through shared memory.
+// normals<T>           initial noise.
+//
+// Which one is decided from sizes, types and addresses (geometry.h); rows, coefficients, seeds and routes are read on
+// the device, so that a captured launch serves every row.
+//
+// Bytes per element: what the row reads and writes, once each (DDIM, K = 2: 24 in float32, 16 with a 16-bit model).
+// Launch: blocks of 128 threads, `parts` of them for each sample, as many as fill the device once; a block works on
+// every parts-th tile of its sample. One warp writes the row's program to shared memory while another finds the
+// operands; a block of an idle sample ends there. The ticket that a block then takes advances the row (control.cuh).
+// With programmatic dependent launch a kernel starts while the one before it ends, and waits for that end before its
+// first access to memory; it does not let its own successor start early, for a model's kernels do not wait.
+// Accumulation: the state's type, every operation rounded once (-fmad=false and explicit fma): a float32 result has the
+// bits of the CPU kernel.
+// Registers: at most 64 (step_dense<1>: 56, nine blocks on a multiprocessor; the others eight), no spills, no local
+// memory, on compute capabilities 8.0 to 12.0. Shared memory of a block: 3 kB, step_staged up to 48 kB.
+//
+// In machine code: bulk accesses carry the hint to keep out of L1 (LDG.E.NA.128, STG.E.NA.128), all of them 128 bits
+// wide in step_dense; what has no hint (LDG.E, LDG.E.64, STG.E, LDGSTS.E, atomics) reads or writes a sample, its row,
+// weights, bound, routes and timesteps, once a block. step_staged also copies 128 bits at a time (LDGSTS.E.BYPASS.128);
+// its narrow accesses are those of strided and unaligned operands and of 2 to 8 bytes of float64 states.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+#include "geometry.h"
+
+#ifndef PG_CUDA_ARCHS
+#define PG_CUDA_ARCHS ""  // compute capabilities with machine code, as "80;90"
+#endif
+#ifndef PG_CUDA_PTX
+#define PG_CUDA_PTX 1000  // that of the PTX, from which the driver makes code for later ones
+#endif
+
+namespace pyguide {
+namespace {
+
+struct CudaThread {
+  __device__ __forceinline__ int index() const { return int(threadIdx.x); }
+  __device__ __forceinline__ int count() const { return int(blockDim.x); }
+  __device__ __forceinline__ uint32_t block() const { return blockIdx.x; }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+
+  __device__ __forceinline__ void warp_sync() const { __syncwarp(); }
+  __device__ __forceinline__ uint64_t warp_or(uint64_t x) const {
+    return __reduce_or_sync(~0u, uint32_t(x)) | uint64_t(__reduce_or_sync(~0u, uint32_t(x >> 32))) << 32;
+  }
+  __device__ __forceinline__ uint32_t neighbour(uint32_t x) const { return __shfl_xor_sync(~0u, x, 1); }
+  template <class X>
+  __device__ __forceinline__ X load(const X* p) const {
+    __builtin_assume(__isGlobal(p));
+    return *p;
+  }
+  template <class X>
+  __device__ __forceinline__ void store(X* p, X x) const {
+    __builtin_assume(__isGlobal(p));
+    *p = x;
+  }
+  // All of it at once: the compiler would load the rest only behind the branch on the row.
+  __device__ __forceinline__ Sample load_sample(const Sample* p) const {
+    uint64_t w[6];
+    for (int i = 0; i < 6; ++i) {
+      asm volatile("ld.global.u64 %0, [%1];" : "=l"(w[i]) : "l"(__cvta_generic_to_global(p) + 8 * i));
+    }
+    return {int64_t(w[0]), int64_t(w[1]),       w[2],          int32_t(w[3]),      int32_t(w[3] >> 32),
+            int32_t(w[4]), int32_t(w[4] >> 32), int32_t(w[5]), int32_t(w[5] >> 32)};
+  }
+  __device__ __forceinline__ Words16 load16(const void* p) const {
+    Words16 w;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
+                 : "l"(__cvta_generic_to_global(p)));
+    return w;
+  }
+  __device__ __forceinline__ void store16(void* p, const Words16& w) const {
+    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(w.v[0]), "r"(w.v[1]), "r"(w.v[2]), "r"(w.v[3])
+                 : "memory");
+  }
+  __device__ __forceinline__ void store8(void* p, const Words16& w) const {
+    asm volatile("st.global.L1::no_allocate.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(w.v[0]),
+                 "r"(w.v[1])
+                 : "memory");
+  }
+  __device__ __forceinline__ void copy16(void* to, const void* from) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared(to)), "l"(__cvta_generic_to_global(from))
+                 : "memory");
+  }
+  __device__ __forceinline__ void copy8(void* to, const void* from) const {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared(to)), "l"(__cvta_generic_to_global(from))
+                 : "memory");
+  }
+  __device__ __forceinline__ void copy4(void* to, const void* from) const {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared(to)), "l"(__cvta_generic_to_global(from))
+                 : "memory");
+  }
+  __device__ static __forceinline__ uint32_t shared(void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+  __device__ __forceinline__ void wait() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
+  __device__ __forceinline__ uint32_t arrive(int32_t* p, uint32_t last) const {
+    return atomicInc(reinterpret_cast<unsigned*>(p), last);
+  }
+  __device__ __forceinline__ void set_bits(int32_t* p, int32_t mask) const { atomicOr(p, mask); }
+};
+
+}  // namespace
+
+template <int S, bool HALF>
+__global__ void __launch_bounds__(DENSE_THREADS, dense_blocks(S))
+    step_dense(const __grid_constant__ StepArgs args, uint32_t parts, bool refresh) {
+  __shared__ DenseControl control;
+  __shared__ float raw[DenseControl::raw_width];
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  dense_step<S, HALF>(CudaThread(), args, parts, refresh, control, raw);
+}
+
+template <class T>
+__global__ void __launch_bounds__(STAGED_THREADS, STAGED_BLOCKS)
+    step_staged(const __grid_constant__ StepArgs args, const __grid_constant__ Columns columns, uint32_t parts,
+                bool refresh) {
+  extern __shared__ __align__(16) char shared[];
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  staged_step<T>(CudaThread(), args, columns, parts, refresh, shared);
+}
+
+template <class T>
+__global__ void __launch_bounds__(STAGED_THREADS, STAGED_BLOCKS)
+    normals(void* to, Type type, int64_t first, int64_t count, uint64_t seed, uint32_t ordinal, uint32_t tag) {
+  normals_pairs<T>(CudaThread(), to, type, first, count, seed, ordinal, tag, int64_t(gridDim.x) * blockDim.x);
+}
+namespace {
+
+[[noreturn]] void fail(const char* call, cudaError_t error) {
+  cudaGetLastError();  // not for the next call to report
+  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+void check(const char* call, cudaError_t error) {
+  if (error != cudaSuccess) fail(call, error);
+}
+#define PG_CUDA(CALL, ...) check(#CALL, CALL(__VA_ARGS__))
+
+// Makes a device current for as long as it lives.
+struct Guard {
+  int before = 0;
+  bool changed;
+  explicit Guard(int device) {
+    PG_CUDA(cudaGetDevice, &before);
+    changed = before != device;
+    if (changed) PG_CUDA(cudaSetDevice, device);
+  }
+  ~Guard() {
+    if (changed) cudaSetDevice(before);
+  }
+};
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  PG_CUDA(cudaDeviceGetAttribute, &value, which, device);
+  return value;
+}
+int capability_of(int device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
+struct Device {
+  int processors, capability;
+};
+Device device_of(int device) {
+  static std::atomic<int> known[64];  // processors << 16 | capability
+  const bool cached = device >= 0 && device < 64;
+  int both = cached ? known[device].load(std::memory_order_relaxed) : 0;
+  if (!both) {
+    both = attribute(cudaDevAttrMultiProcessorCount, device) << 16 | capability_of(device);
+    if (cached) known[device].store(both, std::memory_order_relaxed);
+  }
+  return {both >> 16, both & 0xffff};
+}
+
+// One launch of `kernel`: its error names cudaLaunchKernelExC.
+void launch(const void* kernel, int64_t blocks, int threads, int64_t shared, void* stream, bool dependent,
+            void** arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = dependent ? 1 : 0;
+  PG_CUDA(cudaLaunchKernelExC, &config, kernel, arguments);
+}
+
+const void* kernel_of(const StepArgs& a, const Geometry& g) {
+  const auto address = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };
+  if (g.dense_slots == 1) return address(g.half ? step_dense<1, true> : step_dense<1, false>);
+  if (g.dense_slots == 2) return address(g.half ? step_dense<2, true> : step_dense<2, false>);
+  if (g.dense_slots == 4) return address(g.half ? step_dense<4, true> : step_dense<4, false>);
+  return address(a.state_type == F64 ? step_staged<double> : step_staged<float>);
+}
+
+// Whether machine code or PTX of this build runs on a device: code does on the same major number from its minor one on.
+bool runs_on(int capability) {
+  for (const std::string& arch : cuda_archs()) {
+    const int built = std::stoi(arch);
+    if (built / 10 == capability / 10 && built <= capability) return true;
+  }
+  return capability >= PG_CUDA_PTX;
+}
+
+}  // namespace
+
+void cuda_step(const StepArgs& args, const Placement& placement, bool refresh) {
+  if (args.batch == 0) return;
+  const Guard guard(placement.device);
+  const Device device = device_of(placement.device);
+  StepArgs a = on_device(args, placement);
+  Geometry g = geometry_of(a, device.processors);
+  const void* kernel = kernel_of(a, g);
+  if (g.shared > STAGED_BYTES) {
+    PG_CUDA(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(g.shared));
+  }
+  void *dense[] = {&a, &g.parts, &refresh}, *staged[] = {&a, &g.columns, &g.parts, &refresh};
+  launch(kernel, a.batch * g.parts, g.threads, g.shared, placement.stream,
+         placement.dependent_launch && device.capability >= 90, g.dense_slots ? dense : staged);
+}
+
+void cuda_normals(int device, void* stream, void* to, Type type, int64_t first, int64_t count, uint64_t seed,
+                  uint32_t ordinal, uint32_t tag) {
+  if (count == 0) return;
+  const Guard guard(device);
+  const int64_t blocks = normals_blocks(count, device_of(device).processors);
+  void* arguments[] = {&to, &type, &first, &count, &seed, &ordinal, &tag};
+  launch(reinterpret_cast<const void*>(type == F64 ? &normals<double> : &normals<float>), blocks, STAGED_THREADS, 0,
+         stream, false, arguments);
+}
+
+std::string cuda_reason() {
+  int count = 0;
+  try {
+    PG_CUDA(cudaGetDeviceCount, &count);
+    std::string found;
+    for (int i = 0; i < count; ++i) {
+      const int capability = capability_of(i);
+      if (runs_on(capability)) return "";
+      found += (i ? ", " : "") + std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+    }
+    if (count == 0) return "cudaGetDeviceCount: no device";
+    return "no code in this build for compute capability " + found +
+           ": it was built for PYGUIDE_CUDA_ARCHS=" + PG_CUDA_ARCHS;
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+}
+
+std::string cuda_build() {
+  return "nvcc " + std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "." +
+         std::to_string(__CUDACC_VER_BUILD__);
+}
+
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> archs;
+  std::string list = PG_CUDA_ARCHS;
+  for (size_t start = 0, end; start < list.size(); start = end + 1) {
+    end = std::min(list.find(';', start), list.size());
+    archs.push_back(list.substr(start, end - start));
+  }
+  return archs;
+}
+
+}  // namespace pyguide

@@ -1,0 +1,188 @@
+"""Rows on a GPU: one launch each, no synchronisation and no copy from the host after the first.
+
+What the kernels read besides the arrays of a launch (samples, tables, guidance blocks, routes) is copied to the device
+once, in one piece, when a step is made. Where a sample stands is part of it: the kernel advances the row itself, so
+that the same launch, captured once, serves every row.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import arrays
+from .arrays import Array
+from .launch import Launch, NativeStep, nonfinite, versions
+from .layout import SAMPLE
+
+ALIGNMENT = 16  # bytes, of each part of a resident copy
+
+
+class Resident(NamedTuple):
+    """What the kernels read on the device besides the arrays of a launch."""
+
+    samples: Array  # int32 [B, 12]: the words of layout.SAMPLE
+    tables: Array  # in the dtype of the state
+    weights: Array  # likewise
+    source: Array  # int32
+    target: Array  # int32
+    idle: Array | None = None  # like samples: all at their end
+    layout: tuple[int, ...] = ()  # where they lie in their buffer
+
+    @staticmethod
+    def of(launch: Launch) -> Resident:
+        """Copies of the launch's host arrays, in one buffer that one copy fills."""
+        parts = {
+            "samples": launch.samples.view(np.int32),
+            "idle": np.zeros_like(launch.samples).view(np.int32),  # all at their end
+            "tables": launch.tables,
+            "weights": launch.weights,
+            "source": launch.source,
+            "target": launch.target,
+        }
+        offsets, size = [], 0
+        for part in parts.values():
+            offsets.append(size)
+            size += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
+        packed = np.zeros(size, np.uint8)
+        for part, start in zip(parts.values(), offsets, strict=True):
+            packed[start : start + part.nbytes] = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        buffer = launch.buffers.array("resident", packed.shape, "uint8", launch.state)
+        arrays.upload(buffer, packed)
+        torch, words = sys.modules["torch"], (len(launch.samples), SAMPLE.itemsize // 4)
+        placed = {
+            name: buffer[start : start + part.nbytes].view(getattr(torch, str(part.dtype)))
+            for (name, part), start in zip(parts.items(), offsets, strict=True)
+        }
+        for name in ("samples", "idle"):
+            placed[name] = placed[name].view(words)
+        return Resident(**placed, layout=(size, *offsets))
+
+    def flags(self) -> NDArray[np.bool_]:
+        """[B] which samples met NaN or infinity. Waits for the device."""
+        return nonfinite(self.samples.cpu().numpy().view(SAMPLE).reshape(-1))
+
+
+class CudaStep(NativeStep):
+    """Rows through the CUDA kernel of `pyguide._C.Step`, on the stream that is current when they are launched."""
+
+    on_device = True
+
+    def __init__(self, launch: Launch, resident: Resident | None = None) -> None:
+        self.resident, self.device = resident or Resident.of(launch), launch.state.device
+        super().__init__(launch)
+
+    def _bind(self) -> Any:
+        step = super()._bind()
+        self._place(step, self.resident.samples)
+        self.stream = step.stream = arrays.current_stream(self.device)
+        return step
+
+    def _place(self, step: Any, samples: Array) -> None:
+        r, bound = self.resident, self.launch.bound
+        data = (samples, r.tables, r.weights, bound, r.source, r.target)
+        step.place(self.device.index or 0, *(0 if part is None else arrays.pointer(part) for part in data))
+
+    def _bind_bound(self, step: Any) -> None:
+        """Nothing: the host cannot read it, and no check depends on it."""
+
+    def _follow(self) -> None:
+        """Launch on the stream that is current now."""
+        stream = arrays.current_stream(self.device)
+        if stream != self.stream:
+            self.stream = self.step.stream = stream
+
+    def advance(self, outputs: Sequence[Array | None]) -> None:
+        self._follow()
+        super().advance(outputs)
+
+    def refresh(self) -> None:
+        self._follow()
+        super().refresh()
+
+    def enqueue(self, outputs: Sequence[Array | None]) -> None:
+        """The launch alone, for a capture: nothing on the host is checked or advanced."""
+        addresses = self._addresses(outputs)
+        self._follow()
+        self.step.enqueue(*addresses)
+        if self.bumped:
+            self.bump(self.bumped)
+
+    def warm_up(self, outputs: Sequence[Array | None]) -> None:
+        """The same launch over samples that are at their end: it loads the kernel and does nothing."""
+        addresses = self._addresses(outputs)
+        self._follow()
+        self._place(self.step, self.resident.idle)
+        try:
+            self.step.enqueue(*addresses)
+        finally:
+            self._place(self.step, self.resident.samples)
+
+    def nonfinite(self) -> NDArray[np.bool_]:
+        return self.resident.flags()
+
+
+class TritonStep:
+    """Rows through the Triton kernel: kernels/step_triton.py."""
+
+    on_device = True
+
+    def __init__(self, launch: Launch, resident: Resident | None = None) -> None:
+        from .kernels import step_triton
+
+        self.launch, self.resident = launch, resident or Resident.of(launch)
+        self.supplied, self._kernel = False, step_triton.step
+        self.bumped, self.bump = versions(launch)
+
+    def use_noise(self, supplied: bool) -> None:
+        self.supplied = supplied and self.launch.noise is not None
+
+    def advance(self, outputs: Sequence[Array | None]) -> None:
+        self.enqueue(outputs)
+        rows = self.launch.samples["row"]
+        rows += rows < self.launch.samples["end"]
+
+    def enqueue(self, outputs: Sequence[Array | None]) -> None:
+        """The launch alone, for a capture: nothing on the host is checked or advanced."""
+        self._launch(outputs, self.resident.samples)
+
+    def warm_up(self, outputs: Sequence[Array | None]) -> None:
+        """The same launch over samples that are at their end: it compiles and loads the kernel and does nothing."""
+        self._launch(outputs, self.resident.idle)
+
+    def refresh(self) -> None:
+        self._launch((), self.resident.samples, refresh=True)
+
+    def _launch(self, outputs: Sequence[Array | None], samples: Array, *, refresh: bool = False) -> None:
+        a, r = self.launch, self.resident
+        each = [*outputs] * len(a.inputs) if len(outputs) == 1 else [*outputs]
+        self._kernel(
+            a.state,
+            each,
+            a.inputs,
+            a.times,
+            samples,
+            r.tables,
+            r.weights,
+            r.source,
+            r.target,
+            route_stride=a.route_stride,
+            guidance_slots=a.guidance_slots,
+            noise=a.noise if self.supplied else None,
+            gradient=a.gradient,
+            variance=a.variance,
+            variance_branch=a.variance_branch,
+            bound=a.bound,
+            denoised=a.denoised,
+            check=a.check,
+            refresh=refresh,
+        )
+        if self.bumped:
+            self.bump(self.bumped)
+
+    def nonfinite(self) -> NDArray[np.bool_]:
+        return self.resident.flags()

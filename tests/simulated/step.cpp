@@ -1,0 +1,192 @@
+// kernels/launch.h on the host: the kernels of dense.cuh and staged.cuh over simulated blocks and threads, in place of
+// kernels/step.cu. Blocks run one after another in an order that a seed shuffles, the threads of a block as fibers.
+// "Device" memory is the host's. Shared memory is poisoned before each block; an asynchronous copy arrives at the wait.
+#include <string.h>
+
+#include <mutex>
+
+#include "../../kernels/geometry.h"
+#include "fibers.h"
+
+namespace pyguide {
+namespace {
+
+constexpr int64_t SHARED_BYTES = 99 << 10;  // that a block can have on every device of compute capability 8.0 and above
+
+enum Counter { BULK_LOADS, BULK_STORES, BULK_COPIES, SMALL_COPIES, LOADS, STORES, BLOCKS, LAUNCHES, COUNTERS };
+
+struct Simulator {
+  std::mutex mutex;
+  simulated::Random random{0};
+  simulated::Fibers fibers;
+  int processors = 2;  // few, so that blocks have several tiles
+  uint64_t counters[COUNTERS] = {};
+
+  // body(thread) for every thread of every block.
+  template <class F>
+  void launch(int64_t blocks, int threads, const F& body);
+};
+Simulator& simulator() {
+  static Simulator one;
+  return one;
+}
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+class HostThread {
+ public:
+  HostThread(int index, int count, int64_t block) : index_(index), count_(count), block_(block) {}
+  int index() const { return index_; }
+  int count() const { return count_; }
+  uint32_t block() const { return uint32_t(block_); }
+  void sync() const { meet(simulated::Fibers::BLOCK); }
+  void warp_sync() const { meet(simulated::Fibers::WARP); }
+  uint64_t warp_or(uint64_t x) const { return meet(simulated::Fibers::OR, x); }
+  uint32_t neighbour(uint32_t x) const { return uint32_t(meet(simulated::Fibers::NEIGHBOUR, x)); }
+  template <class X>
+  X load(const X* p) const {
+    simulator().counters[LOADS]++;
+    X x;
+    memcpy(&x, p, sizeof x);
+    return x;
+  }
+  template <class X>
+  void store(X* p, X x) const {
+    simulator().counters[STORES]++;
+    memcpy(p, &x, sizeof x);
+  }
+  Sample load_sample(const Sample* p) const { return load(p); }
+  Words16 load16(const void* p) const {
+    need(p, 16);
+    simulator().counters[BULK_LOADS]++;
+    Words16 w;
+    memcpy(&w, p, 16);
+    return w;
+  }
+  void store16(void* p, const Words16& w) const { store_bulk(p, w, 16); }
+  void store8(void* p, const Words16& w) const { store_bulk(p, w, 8); }
+  void copy16(void* to, const void* from) const { copy(to, from, 16, BULK_COPIES); }
+  void copy8(void* to, const void* from) const { copy(to, from, 8, SMALL_COPIES); }
+  void copy4(void* to, const void* from) const { copy(to, from, 4, SMALL_COPIES); }
+  void wait() const {
+    for (const Copy& c : copies_) memcpy(c.to, c.from, c.bytes);
+    copies_.clear();
+  }
+  uint32_t arrive(int32_t* p, uint32_t last) const {
+    const uint32_t old = uint32_t(*p);
+    *p = old >= last ? 0 : int32_t(old + 1);
+    return old;
+  }
+  void set_bits(int32_t* p, int32_t mask) const { *p |= mask; }
+
+ private:
+  static uint64_t meet(simulated::Fibers::Meeting meeting, uint64_t value = 0) {
+    return simulator().fibers.meet(meeting, value);
+  }
+  static void need(const void* p, int64_t bytes) {
+    if (!aligned(p, bytes)) throw std::runtime_error("simulated: misaligned access of " + std::to_string(bytes));
+  }
+  static void store_bulk(void* p, const Words16& w, int bytes) {
+    need(p, bytes);
+    simulator().counters[BULK_STORES]++;
+    memcpy(p, &w, size_t(bytes));
+  }
+  void copy(void* to, const void* from, int bytes, Counter counter) const {
+    need(to, bytes);
+    need(from, bytes);
+    simulator().counters[counter]++;
+    copies_.push_back({to, from, size_t(bytes)});
+  }
+  int index_, count_;
+  int64_t block_;
+  mutable std::vector<Copy> copies_;
+};
+
+template <class F>
+void Simulator::launch(int64_t blocks, int threads, const F& body) {
+  if (blocks < 1 || blocks > INT32_MAX) throw std::runtime_error("simulated: " + std::to_string(blocks) + " blocks");
+  counters[LAUNCHES]++;
+  std::vector<int64_t> order;
+  for (int64_t i = 0; i < blocks; ++i) order.push_back(i);
+  random.shuffle(order);
+  std::vector<Words16> shared(size_t(SHARED_BYTES) / 16);
+  for (int64_t block : order) {
+    counters[BLOCKS]++;
+    memset(static_cast<void*>(shared.data()), 0xff, shared.size() * 16);
+    std::vector<HostThread> all;
+    for (int i = 0; i < threads; ++i) all.emplace_back(i, threads, block);
+    fibers.run(threads, random, [&](int i) { body(all[size_t(i)], reinterpret_cast<char*>(shared.data())); });
+  }
+}
+
+template <int S, bool HALF>
+void dense(Simulator& s, const StepArgs& a, const Geometry& g, bool refresh) {
+  s.launch(a.batch * g.parts, g.threads, [&](const HostThread& thread, char* shared) {
+    float* raw = reinterpret_cast<float*>(shared + sizeof(DenseControl));
+    dense_step<S, HALF>(thread, a, g.parts, refresh, *reinterpret_cast<DenseControl*>(shared), raw);
+  });
+}
+template <int S>
+void dense(Simulator& s, const StepArgs& a, const Geometry& g, bool refresh) {
+  g.half ? dense<S, true>(s, a, g, refresh) : dense<S, false>(s, a, g, refresh);
+}
+template <class T>
+void staged(Simulator& s, const StepArgs& a, const Geometry& g, bool refresh) {
+  if (g.shared > SHARED_BYTES) throw std::runtime_error("simulated: too much shared memory");
+  s.launch(a.batch * g.parts, g.threads, [&](const HostThread& thread, char* shared) {
+    staged_step<T>(thread, a, g.columns, g.parts, refresh, shared);
+  });
+}
+
+void need_device(int device) {
+  if (device != 0) throw std::runtime_error("cudaSetDevice: cudaErrorInvalidDevice: invalid device ordinal");
+}
+
+}  // namespace
+
+void cuda_step(const StepArgs& args, const Placement& placement, bool refresh) {
+  if (args.batch == 0) return;
+  need_device(placement.device);
+  Simulator& s = simulator();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  const StepArgs a = on_device(args, placement);
+  const Geometry g = geometry_of(a, s.processors);
+  if (g.dense_slots == 1) return dense<1>(s, a, g, refresh);
+  if (g.dense_slots == 2) return dense<2>(s, a, g, refresh);
+  if (g.dense_slots == 4) return dense<4>(s, a, g, refresh);
+  a.state_type == F64 ? staged<double>(s, a, g, refresh) : staged<float>(s, a, g, refresh);
+}
+
+void cuda_normals(int device, void*, void* to, Type type, int64_t first, int64_t count, uint64_t seed, uint32_t ordinal,
+                  uint32_t tag) {
+  if (count == 0) return;
+  need_device(device);
+  Simulator& s = simulator();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  const int64_t blocks = normals_blocks(count, s.processors), threads = blocks * STAGED_THREADS;
+  s.launch(blocks, STAGED_THREADS, [&](const HostThread& thread, char*) {
+    type == F64 ? normals_pairs<double>(thread, to, type, first, count, seed, ordinal, tag, threads)
+                : normals_pairs<float>(thread, to, type, first, count, seed, ordinal, tag, threads);
+  });
+}
+
+std::string cuda_reason() { return ""; }
+std::string cuda_build() { return "simulated"; }
+std::vector<std::string> cuda_archs() { return {}; }
+
+}  // namespace pyguide
+
+// For the tests, through ctypes: the order of blocks and threads, the device's multiprocessors, and what was counted.
+extern "C" __attribute__((visibility("default"))) void simulated_device(uint64_t seed, int processors) {
+  pyguide::Simulator& s = pyguide::simulator();
+  s.random.state = seed;
+  s.processors = processors;
+  for (uint64_t& counter : s.counters) counter = 0;
+}
+extern "C" __attribute__((visibility("default"))) uint64_t simulated_count(int counter) {
+  return pyguide::simulator().counters[counter];
+}
