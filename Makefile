@@ -4,7 +4,7 @@ VENV   ?= .venv
 # Installed before anything that depends on torch; see the dev extra in pyproject.toml.
 TORCH  ?= $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 # nvcc, installed before the build that looks for it; what the machine has on PATH or in /usr/local/cuda comes first.
-CUDA   ?= $(shell sed -n 's/^ *"\(cuda-toolkit[^"]*\)".*/\1/p' pyproject.toml)
+NVCC_PACKAGE ?= $(shell sed -n 's/^ *"\(cuda-toolkit[^"]*\)".*/\1/p' pyproject.toml)
 ARGS   ?=
 
 BIN    := $(VENV)/bin
@@ -12,9 +12,9 @@ BIN    := $(VENV)/bin
 PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 # A path entry, which wins over a folder called pyguide where python is started; setuptools' finder would not.
 EDITABLE := --config-settings editable_mode=compat
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp kernels/*.h kernels/*.cuh kernels/*.cu tests/simulated/*.h \
-  tests/simulated/*.cpp)
-NATIVE := setup.py pyproject.toml $(CXX_FILES)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp kernels/*.h kernels/*.cuh kernels/*.cu)
+CXX_FILES := $(SOURCES) $(wildcard tests/simulated/*.h tests/simulated/*.cpp)
+NATIVE := setup.py pyproject.toml $(SOURCES)
 
 .PHONY: bench test slow lint format clean help
 help:
@@ -57,6 +57,6 @@ $(VENV)/bench.stamp: $(VENV)/torch.stamp $(NATIVE)
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) "$(CUDA)"
+	$(PIP) "$(NVCC_PACKAGE)"
 	$(PIP) $(EDITABLE) -e ".[dev]"
 	touch $(VENV)/bench.stamp $@

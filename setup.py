@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -32,6 +33,8 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
 
 CUDA = os.environ.get("PYGUIDE_CUDA", "auto")
+if CUDA not in ("auto", "0", "1"):
+    raise SystemExit(f"PYGUIDE_CUDA={CUDA}: expected auto, 0 or 1")
 ARCHS = os.environ.get("PYGUIDE_CUDA_ARCHS", "")
 DEFAULT_ARCHS = ["80", "90", "100", "120"]  # those of them that nvcc knows
 # Two PTX versions are enough: the kernels use nothing newer than compute capability 9.0, and from the last one drivers
@@ -71,12 +74,9 @@ class Nvcc:
     """A CUDA compiler, the architectures it makes code for, and where its run-time library lies."""
 
     def __init__(self) -> None:
-        if CUDA not in ("auto", "0", "1"):
-            raise RuntimeError(f"PYGUIDE_CUDA={CUDA}: expected auto, 0 or 1")
         if CUDA == "0":
             raise RuntimeError("PYGUIDE_CUDA=0")
-        self.path = self.find()
-        known = {line.partition("_")[2] for line in run_nvcc(self.path, "--list-gpu-arch").split()}
+        self.path, known = self.find()
         self.archs = [a for a in ARCHS.replace(",", ";").split(";") if a] or [a for a in DEFAULT_ARCHS if a in known]
         wrong = [a for a in self.archs if a not in known or not a.isdigit() or int(a) < int(PTX[0])]
         if wrong or not self.archs:
@@ -86,11 +86,13 @@ class Nvcc:
             )
         described = run_nvcc(self.path, "--dryrun", "-c", str(ROOT / "kernels" / "step.cu"))
         (top,) = [line.partition("TOP=")[2] for line in described.splitlines() if line.startswith("#$ TOP=")]
-        folders = [Path(top, "lib64"), Path(top, "lib"), *Path(top, "targets").glob(f"{platform.machine()}*/lib")]
-        self.link = [f"-L{folder}" for folder in folders if folder.is_dir()] + CUDART
+        # one folder for each machine (aarch64 has two names: sbsa); the linker passes over those of others
+        folders = [Path(top, "lib64"), Path(top, "lib"), *sorted(Path(top, "targets").glob("*/lib"))]
+        self.link = [f"-L{folder}" for folder in folders if (folder / "libcudart_static.a").exists()] + CUDART
 
     @staticmethod
-    def find() -> str:
+    def find() -> tuple[str, set[str]]:
+        """Its path and the architectures that it knows; one too old for PTX[-1] is passed over."""
         roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
         found = [f"{root}/bin/nvcc" for root in roots if root] + [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
         # an isolated build does not see the environment's packages, but sysconfig knows where they are
@@ -98,10 +100,18 @@ class Nvcc:
         spec = find_spec("nvidia")
         packages = [*(spec.submodule_search_locations or [] if spec else []), *(f"{place}/nvidia" for place in places)]
         found += [f"{p}/{name}/bin/nvcc" for p in packages for name in ("cu13", "cuda_nvcc")]
-        for path in found:
-            if path and os.access(path, os.X_OK):
-                return path
-        raise RuntimeError("nvcc was not found in $CUDA_HOME/bin, PATH, /usr/local/cuda/bin or the PyPI package")
+        passed = []
+        for path in dict.fromkeys(path for path in found if path and os.access(path, os.X_OK)):
+            try:
+                known = set(re.findall(r"\bcompute_(\d+)\b", run_nvcc(path, "--list-gpu-arch")))
+            except RuntimeError as error:
+                passed.append(str(error))
+                continue
+            if PTX[-1] in known:
+                return path, known
+            passed.append(f"{path} is too old: it does not know compute_{PTX[-1]}")
+        places = "$CUDA_HOME/bin, PATH, /usr/local/cuda/bin or the PyPI package"
+        raise RuntimeError(f"nvcc was not found in {places}" + "".join(f"; {why}" for why in passed))
 
     def compile(self, source: str, to: Path, compiler: list[str]) -> None:
         why = works(compiler, self.link)
@@ -114,7 +124,9 @@ class Nvcc:
         codes[newest].append(f"compute_{newest}")
         targets = [f"-gencode=arch=compute_{ptx},code=[{','.join(code)}]" for ptx, code in codes.items()]
         macros = [f'-DPG_CUDA_ARCHS="{";".join(self.archs)}"', f"-DPG_CUDA_PTX={newest}"]
-        host = ["-ccbin", compiler[0]] if os.environ.get("CXX") else []
+        # without a compiler cache before it: nvcc calls what it is given with options that mean nothing to a cache
+        host = [part for part in compiler if Path(part).name not in ("ccache", "sccache")]
+        host = ["-ccbin", host[0]] if os.environ.get("CXX") and host else []
         threads = str(min(len(self.archs), os.cpu_count() or 1))
         to.parent.mkdir(parents=True, exist_ok=True)
         flags = [*NVCC_FLAGS, *targets, *macros, *host, "--threads", threads]
@@ -196,9 +208,9 @@ class BuildNative(build_ext):
             try:
                 cuda = pool.submit(compile_cuda, Nvcc())  # the longest first
             except Exception as error:
-                cuda = pool.submit(without_cuda, error)
                 if CUDA == "1":
-                    cuda.result()
+                    raise
+                cuda = pool.submit(without_cuda, error)
             objects = [file for files in pool.map(compile_one, reversed(jobs)) for file in files]
             compiled, link = cuda.result()
         output = self.get_ext_fullpath(ext.name)

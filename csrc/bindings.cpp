@@ -113,10 +113,10 @@ PyMethodDef step_methods[] = {
     {"run", fastcall(step_run), METH_FASTCALL,
      "run(*outputs): one row of every sample that is not at its end. No address: the outputs as set; one: the data of "
      "all outputs; K: the data of each. Raises ValueError before anything is written. On a GPU: one launch on "
-     "`stream`."},
+     "`stream`, under the GIL: to hand it over costs more than the microseconds that a launch takes."},
     {"enqueue", fastcall(step_enqueue), METH_FASTCALL,
      "enqueue(*outputs): one launch on a GPU, without a look at the host copies and without a change to them; the "
-     "device's own rows decide what runs. For captures."},
+     "device's own rows decide what runs, and an absent output that a row reads is NaN. For captures. Under the GIL."},
     {"refresh", step_refresh, METH_NOARGS,
      "refresh(): writes again the model input and timestep of the evaluation that is due, from the current s_0."},
 };
@@ -215,6 +215,10 @@ PYBIND11_MODULE(_C, m) {
       [](Step& s, int device, uintptr_t samples, uintptr_t tables, uintptr_t weights, uintptr_t bound, uintptr_t source,
          uintptr_t target) {
         Step::require(device, "device", 0, INT32_MAX);
+        if (s.args.batch > 0) {  // an empty tensor has no address
+          if (!samples) throw py::value_error("samples: no address");
+          if (!tables) throw py::value_error("tables: no address");
+        }
         Placement& p = s.placement;
         p.device = device;
         p.samples = reinterpret_cast<Sample*>(samples);

@@ -20,8 +20,8 @@
 // bytes). Accumulation: the state's type (float or double), fused multiply-adds, terms in the order of the formula.
 //
 // No framework, CUDA or ONNX Runtime header here. V is a vector of T (a few elements of a thread on a GPU) with
-// V::set(T), +, *,
-// /, fma(a, b, c), sqrt, clamp (which propagates NaN), product_error(a, b, a * b) and exp_sum(hi, lo) = exp(hi + lo).
+// V::set(T), +, *, /, fma(a, b, c), sqrt, clamp (which propagates NaN), product_error(a, b, a * b) and
+// exp_sum(hi, lo) = exp(hi + lo).
 #pragma once
 #include <stdint.h>
 

@@ -47,6 +47,7 @@ struct Control {
   uint64_t seed;
   uint32_t ordinal;
   bool active;
+  bool unfinite;  // a written s'_0 is
   // a row, a guidance block and a bound as read
   static constexpr int raw_width = int(row_width(S) + weights_width(K, S, S) + 1);
 
@@ -152,6 +153,7 @@ PG_DEVICE bool setup(const THREAD& thread, Control<T, P, K, S>& c, T* raw, const
       c.seed = sample.seed;
       c.ordinal = uint32_t(sample.row);
       c.active = active;
+      c.unfinite = false;
     }
     if (active && warp == (thread.count() > WARP ? 1 : 0)) write_places(thread, c, a, part, sample, lane);
     if (active && warp == 0) write_program(thread, c.program, raw, a, part, sample, lane);
@@ -174,11 +176,13 @@ PG_DEVICE void advance_row(const THREAD& thread, const StepArgs& a, const Part& 
   thread.store(&a.samples[part.b].row, int32_t(ordinal + 1));
 }
 
-// A written s'_0 is not finite. The first look spares thousands of atomics on one word where all of a sample is so.
-template <class THREAD>
-PG_DEVICE void report_unfinite(const THREAD& thread, const StepArgs& a, const Part& part) {
-  int32_t* flags = &a.samples[part.b].flags;
-  if (!(thread.load(flags) & NONFINITE)) thread.set_bits(flags, NONFINITE);
+// At a block's end, once for all of it: where all of a sample is not finite, an atomic on one word for each element
+// would take longer than the step. In shared memory until then: step_dense<4> has no register left.
+template <class C, class THREAD>
+PG_DEVICE void report_unfinite(const THREAD& thread, const C& c, const StepArgs& a, const Part& part) {
+  if (!a.check) return;
+  thread.sync();
+  if (thread.index() == 0 && c.unfinite) thread.set_bits(&a.samples[part.b].flags, NONFINITE);
 }
 
 PG_INLINE bool aligned(const void* p, int64_t bytes) { return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0; }

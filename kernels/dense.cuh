@@ -72,24 +72,25 @@ PG_DEVICE Words16 join_pair(const THREAD& thread, uint32_t low, uint32_t high, b
 
 // One tile.
 template <int S, bool HALF, class THREAD>
-PG_DEVICE void dense_elements(const THREAD& thread, const DenseControl& c, const StepArgs& a, const Part& part,
-                              int64_t tile) {
+PG_DEVICE void dense_elements(const THREAD& thread, DenseControl& c, const StepArgs& a, int64_t tile) {
   constexpr int K = DENSE_BRANCHES;
   const Program<float>& p = c.program;
   const Type type = a.output_type;
   const bool odd = thread.index() & 1;
   const int64_t e = tile + thread.index() * 4, pair = e & ~int64_t(7);
   const bool there = e < a.channels * a.inner;  // with its pair, if there are 16-bit operands
+  // An absent operand that the row reads nevertheless (no host looked: enqueue) is NaN, which all ones are in any type.
+  const auto load = [&](const void* from, bool wanted) {
+    return wanted && there ? thread.load16(from) : Words16{{~0u, ~0u, ~0u, ~0u}};
+  };
   const auto load_quad = [&](const char* data) {
-    return there ? quad_of(thread.load16(reinterpret_cast<const float*>(data) + e)) : Quad::set(0.f);
+    return quad_of(load(reinterpret_cast<const float*>(data) + e, data));
   };
   const auto store_quad = [&](char* data, const Quad& x) {
     const Words16 w{{bits_of(x.v[0]), bits_of(x.v[1]), bits_of(x.v[2]), bits_of(x.v[3])}};
     if (there) thread.store16(reinterpret_cast<float*>(data) + e, w);
   };
-  const auto load_pair = [&](const char* data, bool wanted) {
-    return wanted && there ? thread.load16(data + 2 * pair) : Words16{};
-  };
+  const auto load_pair = [&](const char* data, bool wanted) { return load(data + 2 * pair, wanted && data); };
   Branches<HALF> m;
   Quad s[S], D;
   Words16 words;
@@ -139,7 +140,7 @@ PG_DEVICE void dense_elements(const THREAD& thread, const DenseControl& c, const
     store_quad(c.slot(r).data, value);
     if (r == 0) {
       if (p.needs.input()) write_inputs(value);
-      if (a.check && there && unfinite(value)) report_unfinite(thread, a, part);
+      if (a.check && there && unfinite(value)) c.unfinite = true;
     }
   });
   if (p.needs.denoised() && c.extra(DENOISED).data) store_quad(c.extra(DENOISED).data, D);
@@ -156,8 +157,9 @@ PG_DEVICE void dense_step(const THREAD& thread, const StepArgs& a, uint32_t part
   const uint32_t ticket = take_ticket(thread, a, part);
   const int64_t N = a.channels * a.inner, step = parts * DENSE_TILE;
   for (int64_t tile = part.index * DENSE_TILE; tile < N; tile += step) {
-    dense_elements<S, HALF>(thread, c, a, part, tile);
+    dense_elements<S, HALF>(thread, c, a, tile);
   }
+  report_unfinite(thread, c, a, part);
   if (ticket == parts - 1) advance_row(thread, a, part, c.ordinal);
 }
 

@@ -7,6 +7,11 @@
 
 namespace pyguide {
 
+struct Processors {  // of a device: its multiprocessors
+  int count;
+  int64_t shared, reserved;  // bytes of shared memory of each, and what every block takes of them besides its own
+};
+
 struct Geometry {
   int dense_slots = 0;  // S of the kernel of dense.cuh, 0: that of staged.cuh
   bool half = false;    // its model operands are of a 16-bit type
@@ -46,22 +51,24 @@ inline bool dense_launch(const StepArgs& a) {
          dense_operand(a, a.variance, a.output_type);
 }
 
-// Blocks that fill the device once, split over the samples: a block that works on many tiles pays once for its program.
+// Blocks of each sample, where the device holds `resident` blocks at a time. A block that works on many tiles pays once
+// for its program, so there are as many as fit at once and none that would wait to run alone; where samples are so many
+// that rounding down would leave blocks idle, several short waves, of which the last one hardly counts.
 inline uint32_t parts_of(int64_t batch, int64_t elements, int64_t tile, int64_t resident) {
-  const int64_t tiles = (elements + tile - 1) / tile, fair = (resident + batch - 1) / batch;
-  const int64_t most = INT32_MAX / batch, parts = tiles < fair ? tiles : fair;
-  return uint32_t(parts < most ? parts : most);
+  const int64_t tiles = (elements + tile - 1) / tile, most = INT32_MAX / batch;
+  const int64_t fair = batch * 8 <= resident ? resident / batch : (8 * resident + batch - 1) / batch;
+  const int64_t parts = tiles < fair ? tiles : fair;
+  return uint32_t(parts < 1 ? 1 : parts < most ? parts : most);
 }
 
-// `processors`: multiprocessors of the device.
-inline Geometry geometry_of(const StepArgs& a, int processors) {
+inline Geometry geometry_of(const StepArgs& a, const Processors& processors) {
   Geometry g;
   const int64_t N = a.channels * a.inner;
   if (dense_launch(a)) {
     g.dense_slots = a.slots == 3 ? 4 : a.slots;
     g.half = a.output_type != F32;
     g.threads = DENSE_THREADS;
-    g.parts = parts_of(a.batch, N, DENSE_TILE, int64_t(processors) * dense_blocks(g.dense_slots));
+    g.parts = parts_of(a.batch, N, DENSE_TILE, int64_t(processors.count) * dense_blocks(g.dense_slots));
     return g;
   }
   g.columns = Columns(a);
@@ -73,12 +80,14 @@ inline Geometry geometry_of(const StepArgs& a, int processors) {
   const int64_t columns = chunks * CHUNK * g.threads;
   g.shared = control + (raw > columns ? raw : columns);
   const int64_t tile = g.threads * unit_length(a.state_type);
-  g.parts = parts_of(a.batch, N, tile, int64_t(processors) * STAGED_BLOCKS);
+  const int64_t fit = processors.shared / (g.shared + processors.reserved);
+  const int64_t each = fit < 1 ? 1 : fit < STAGED_BLOCKS ? fit : STAGED_BLOCKS;
+  g.parts = parts_of(a.batch, N, tile, processors.count * each);
   return g;
 }
 
-inline int64_t normals_blocks(int64_t count, int processors) {
-  return parts_of(1, count + 3, STAGED_THREADS * 4, int64_t(processors) * STAGED_BLOCKS);
+inline int64_t normals_blocks(int64_t count, const Processors& processors) {
+  return parts_of(1, count + 3, STAGED_THREADS * 4, int64_t(processors.count) * STAGED_BLOCKS);
 }
 
 }  // namespace

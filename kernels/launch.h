@@ -12,7 +12,7 @@ namespace pyguide {
 struct Placement {
   int device = -1;  // ordinal, -1: the CPU
   void* stream = nullptr;
-  bool dependent_launch = false;  // programmatic dependent launch, where the device has it (compute capability 9.0)
+  bool dependent_launch = false;  // programmatic dependent launch, where the code that runs was made for it (9.0)
   Sample* samples = nullptr;
   const void *tables = nullptr, *weights = nullptr, *bound = nullptr;
   const int32_t *source = nullptr, *target = nullptr;
@@ -21,7 +21,7 @@ struct Placement {
 };
 
 // Each enqueues one launch and throws std::runtime_error "<call>: <cudaErrorName>: <text>". The calling thread's
-// current device is what it was.
+// current device is what it was, if that device was in use: to return to one that was not would create a context on it.
 void cuda_step(const StepArgs& args, const Placement& placement, bool refresh);
 // Standard normals of elements [first, first + count) of one sample's stream to `to`, of type F32, F16, BF16 or F64.
 void cuda_normals(int device, void* stream, void* to, Type type, int64_t first, int64_t count, uint64_t seed,

@@ -105,8 +105,7 @@ PG_INLINE bool unfinite(const Pack<T, N>& a) {
   return sum != sum;
 }
 
-// ---- 16-bit floats, two to a word, the element of the lower index in the lower half
-// ----------------------------------
+// ---- 16-bit floats, two to a word, the element of the lower index in the lower half ----
 template <Type TYPE>
 PG_INLINE uint32_t narrow_pair(float low, float high) {
 #ifdef __CUDA_ARCH__  // NaN becomes 0x7fff in both types
@@ -148,8 +147,19 @@ PG_INLINE uint64_t bits_of(double x) {
   return bits;
 }
 
-// ---- noise
-// -----------------------------------------------------------------------------------------------------------
+// ---- memory whose bytes are written as one type and read as another, at a multiple of the type's alignment ----
+template <class X>
+PG_INLINE X get(const char* at) {
+  X x;
+  memcpy(&x, __builtin_assume_aligned(at, alignof(X)), sizeof x);
+  return x;
+}
+template <class X>
+PG_INLINE void put(char* at, const X& x) {
+  memcpy(__builtin_assume_aligned(at, alignof(X)), &x, sizeof x);
+}
+
+// ---- noise ----
 PG_INLINE void normal_pair(uint32_t x, uint32_t y, float& cosine, float& sine) {
   Pack<float, 1> c, s;
   box_muller(Words<1>{{x}}, Words<1>{{y}}, c, s);

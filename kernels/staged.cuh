@@ -78,22 +78,22 @@ PG_DEVICE int64_t quotient(int64_t a, int64_t b) {  // both >= 0; 64-bit divisio
   return (a | b) >> 32 ? int64_t(uint64_t(a) / uint64_t(b)) : int64_t(uint32_t(a) / uint32_t(b));
 }
 
-// Calls f(u, address) for u = 0 .. count, behind the unit's last element with that one's address again.
-template <class F>
+// Calls f(u, address) for u = 0 .. count, behind the unit's last element with that one's address again. With N, which
+// is then count, u is a compile-time number.
+template <int N = 0, class F>
 PG_DEVICE void each_element(const View& view, const Unit& unit, int count, const F& f) {
   const int64_t size = size_of(view.type), row = view.whole ? 0 : quotient(unit.e, view.inner);
   int64_t i = unit.e - row * view.inner;
   char* at = view.data + (row * view.row_stride + i * view.stride) * size;
-  PG_ROLLED
-  for (int u = 0; u < count; ++u) {
+  each<N>(count, [&](auto u) PG_LAMBDA {
     f(u, at);
-    if (u + 1 >= unit.n) continue;
+    if (u + 1 >= unit.n) return;
     at += view.stride * size;
     if (++i == view.inner) {
       i = 0;
       at += (view.row_stride - view.inner * view.stride) * size;
     }
-  }
+  });
 }
 
 template <class T>
@@ -117,15 +117,22 @@ PG_DEVICE void stage(const THREAD& thread, const View& view, const Unit& unit, c
     }
     return;
   }
-  each_element(view, unit, int(UNIT_BYTES / sizeof(T)), [&](int u, const char* from) PG_LAMBDA {
+  constexpr int LENGTH = int(UNIT_BYTES / sizeof(T));
+  if (size_of(view.type) == 2) {  // too short for an asynchronous copy: all loads before the first store
+    uint16_t h[LENGTH];
+    each_element<LENGTH>(view, unit, LENGTH, [&](auto u, const char* from) PG_LAMBDA {
+      h[u] = thread.load(reinterpret_cast<const uint16_t*>(from));
+    });
+    each<LENGTH>(0, [&](auto u) PG_LAMBDA { put(own.element(to, u, 2), h[u]); });
+    return;
+  }
+  each_element(view, unit, LENGTH, [&](int u, const char* from) PG_LAMBDA {
     if (rounds) {
-      *reinterpret_cast<float*>(own.element(to, u, 4)) = float(thread.load(reinterpret_cast<const double*>(from)));
+      put(own.element(to, u, 4), float(thread.load(reinterpret_cast<const double*>(from))));
     } else if (view.type == F64) {
-      *reinterpret_cast<double*>(own.element(to, u, 8)) = thread.load(reinterpret_cast<const double*>(from));
-    } else if (view.type == F32) {
-      *reinterpret_cast<float*>(own.element(to, u, 4)) = thread.load(reinterpret_cast<const float*>(from));
+      thread.copy8(own.element(to, u, 8), from);
     } else {
-      *reinterpret_cast<uint16_t*>(own.element(to, u, 2)) = thread.load(reinterpret_cast<const uint16_t*>(from));
+      thread.copy4(own.element(to, u, 4), from);
     }
   });
 }
@@ -157,7 +164,7 @@ PG_DEVICE void unstage(const THREAD& thread, const Own& own, int from, const Vie
     char* to = view.at(unit.e);
     PG_ROLLED
     for (int i = 0; i < bytes; i += int(CHUNK)) {
-      const Words16 w = *reinterpret_cast<const Words16*>(own.chunk(from + i / int(CHUNK)));
+      const Words16 w = get<Words16>(own.chunk(from + i / int(CHUNK)));
       if (bytes < CHUNK) {
         thread.store8(to, w);
       } else {
@@ -169,11 +176,11 @@ PG_DEVICE void unstage(const THREAD& thread, const Own& own, int from, const Vie
   each_element(view, unit, unit.n, [&](int u, char* to) PG_LAMBDA {
     const char* at = own.element(from, u, size);
     if (size == 8) {
-      thread.store(reinterpret_cast<uint64_t*>(to), *reinterpret_cast<const uint64_t*>(at));
+      thread.store(reinterpret_cast<uint64_t*>(to), get<uint64_t>(at));
     } else if (size == 4) {
-      thread.store(reinterpret_cast<uint32_t*>(to), *reinterpret_cast<const uint32_t*>(at));
+      thread.store(reinterpret_cast<uint32_t*>(to), get<uint32_t>(at));
     } else {
-      thread.store(reinterpret_cast<uint16_t*>(to), *reinterpret_cast<const uint16_t*>(at));
+      thread.store(reinterpret_cast<uint16_t*>(to), get<uint16_t>(at));
     }
   });
 }
@@ -181,10 +188,10 @@ PG_DEVICE void unstage(const THREAD& thread, const Own& own, int from, const Vie
 // Part of a column, as the formula takes it: 4 elements of a float32 state, 1 of a float64 one.
 PG_DEVICE void read(const Own& own, int first, Type type, int part, Pack<float, 4>& to) {
   if (type == F32) {
-    const Words16 w = *reinterpret_cast<const Words16*>(own.chunk(first + part));
+    const Words16 w = get<Words16>(own.chunk(first + part));
     for (int i = 0; i < 4; ++i) to.v[i] = float_of(w.v[i]);
   } else {
-    const Words8 w = *reinterpret_cast<const Words8*>(own.chunk(first) + 8 * part);
+    const Words8 w = get<Words8>(own.chunk(first) + 8 * part);
     for (int i = 0; i < 4; ++i) {
       const uint16_t h = uint16_t(w.v[i / 2] >> 16 * (i % 2));
       to.v[i] = type == F16 ? widen_half<F16>(h) : widen_half<BF16>(h);
@@ -193,11 +200,11 @@ PG_DEVICE void read(const Own& own, int first, Type type, int part, Pack<float, 
 }
 PG_DEVICE void read(const Own& own, int first, Type type, int part, Pack<double, 1>& to) {
   if (type == F64) {
-    to.v[0] = *reinterpret_cast<const double*>(own.element(first, part, 8));
+    to.v[0] = get<double>(own.element(first, part, 8));
   } else if (type == F32) {
-    to.v[0] = *reinterpret_cast<const float*>(own.element(first, part, 4));
+    to.v[0] = get<float>(own.element(first, part, 4));
   } else {
-    const uint16_t h = *reinterpret_cast<const uint16_t*>(own.element(first, part, 2));
+    const uint16_t h = get<uint16_t>(own.element(first, part, 2));
     to.v[0] = type == F16 ? widen_half<F16>(h) : widen_half<BF16>(h);
   }
 }
@@ -211,26 +218,26 @@ PG_DEVICE Words16 words_of(double a, double b) {
 // Part of a column, rounded to `type`.
 PG_DEVICE void write(const Own& own, int first, Type type, int part, const Pack<float, 4>& x) {
   if (type == F32) {
-    *reinterpret_cast<Words16*>(own.chunk(first + part)) = words_of(x);
+    put(own.chunk(first + part), words_of(x));
   } else if (type == F64) {
-    *reinterpret_cast<Words16*>(own.chunk(first + 2 * part)) = words_of(double(x.v[0]), double(x.v[1]));
-    *reinterpret_cast<Words16*>(own.chunk(first + 2 * part + 1)) = words_of(double(x.v[2]), double(x.v[3]));
+    put(own.chunk(first + 2 * part), words_of(double(x.v[0]), double(x.v[1])));
+    put(own.chunk(first + 2 * part + 1), words_of(double(x.v[2]), double(x.v[3])));
   } else {
     Words8 w;
     for (int i = 0; i < 2; ++i) {
       w.v[i] =
           type == F16 ? narrow_pair<F16>(x.v[2 * i], x.v[2 * i + 1]) : narrow_pair<BF16>(x.v[2 * i], x.v[2 * i + 1]);
     }
-    *reinterpret_cast<Words8*>(own.chunk(first) + 8 * part) = w;
+    put(own.chunk(first) + 8 * part, w);
   }
 }
 PG_DEVICE void write(const Own& own, int first, Type type, int part, const Pack<double, 1>& x) {
   if (type == F64) {
-    *reinterpret_cast<double*>(own.element(first, part, 8)) = x.v[0];
+    put(own.element(first, part, 8), bits_of(x.v[0]));
   } else if (type == F32) {
-    *reinterpret_cast<float*>(own.element(first, part, 4)) = float(x.v[0]);
+    put(own.element(first, part, 4), float(x.v[0]));
   } else {
-    *reinterpret_cast<uint16_t*>(own.element(first, part, 2)) = uint16_t(bits_as(type, x.v[0]));
+    put(own.element(first, part, 2), uint16_t(bits_as(type, x.v[0])));
   }
 }
 
@@ -260,10 +267,9 @@ PG_DEVICE void write_normals(const Own& own, int first, int64_t e, uint64_t seed
   philox4x32(c, uint32_t(seed), uint32_t(seed >> 32));
   PG_ROLLED
   for (int part = 0; part < 4; part += 2) {
-    Pack<double, 1> cosine, sine;
-    normal_pair(c[0], c[1], cosine.v[0], sine.v[0]);
-    write(own, first, F64, part, cosine);
-    write(own, first, F64, part + 1, sine);
+    double cosine, sine;
+    normal_pair(c[0], c[1], cosine, sine);
+    put(own.chunk(first + part / 2), words_of(cosine, sine));
     c[0] = c[2];
     c[1] = c[3];
   }
@@ -271,8 +277,8 @@ PG_DEVICE void write_normals(const Own& own, int first, int64_t e, uint64_t seed
 
 // One unit.
 template <class T, class THREAD>
-PG_DEVICE void staged_elements(const THREAD& thread, const StagedControl<T>& c, const StepArgs& a, const Columns& at,
-                               const Part& run, const Own& own, const Unit& unit) {
+PG_DEVICE void staged_elements(const THREAD& thread, StagedControl<T>& c, const StepArgs& a, const Columns& at,
+                               const Own& own, const Unit& unit) {
   constexpr int W = sizeof(T) == 4 ? 4 : 1, LENGTH = int(UNIT_BYTES / sizeof(T));
   typedef Pack<T, W> V;
   const Program<T>& p = c.program;
@@ -292,7 +298,14 @@ PG_DEVICE void staged_elements(const THREAD& thread, const StagedControl<T>& c, 
       from = slot < 0 ? EXTRAS + k : c.SLOTS + slot;
       to = slot < 0 ? at.outputs + k * at.output_chunks : at.slots + 2 * slot;
     }
-    if (read) stage<T>(thread, c.at[from], unit, own, to);
+    if (!read) continue;
+    if (c.at[from].data) {
+      stage<T>(thread, c.at[from], unit, own, to);
+    } else if (i >= DENOISED ||
+               (i == VARIANCE && a.variance.data)) {  // absent, and no host looked (enqueue): NaN in any type
+      PG_ROLLED
+      for (int chunk = 0; chunk < at.output_chunks; ++chunk) put(own.chunk(to + chunk), Words16{{~0u, ~0u, ~0u, ~0u}});
+    }
   }
   if (drawn) write_normals(own, at.noise, unit.e, c.seed, c.ordinal, T(0));
   thread.wait();
@@ -309,7 +322,7 @@ PG_DEVICE void staged_elements(const THREAD& thread, const StagedControl<T>& c, 
           write(own, at.results + r, state, 0, value);  // its slot may be read by those that follow
           bool bad = false;
           for (int i = 0; i < W; ++i) bad |= part * W + i < unit.n && unfinite(Pack<T, 1>{{value.v[i]}});
-          if (a.check && r == 0 && bad) report_unfinite(thread, a, run);
+          if (a.check && r == 0 && bad) c.unfinite = true;
         });
     if (p.needs.denoised() && c.extra(DENOISED).data) write(own, at.denoised, state, part, D);
     PG_ROLLED
@@ -347,8 +360,9 @@ PG_DEVICE void staged_step(const THREAD& thread, const StepArgs& a, const Column
   const int64_t N = a.channels * a.inner, step = int64_t(parts) * thread.count() * LENGTH;
   for (int64_t e = (int64_t(part.index) * thread.count() + thread.index()) * LENGTH; e < N; e += step) {
     const Unit unit{e, int(N - e < LENGTH ? N - e : LENGTH)};
-    staged_elements<T>(thread, c, a, at, part, own, unit);
+    staged_elements<T>(thread, c, a, at, own, unit);
   }
+  report_unfinite(thread, c, a, part);
   if (take_ticket(thread, a, part) == parts - 1) advance_row(thread, a, part, c.ordinal);
 }
 

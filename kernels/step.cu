@@ -2,8 +2,8 @@
 // the formula: one launch runs, for every sample, the row that the sample stands at.
 //
 // step_dense<S, HALF>  K <= 2 branches, up to S = 1, 2, 4 slots, a float32 state, model operands of float32 or (HALF)
-// all
-//                      of one 16-bit type, everything dense and aligned to 16 bytes: operands stay in registers.
+// of
+//                      one 16-bit type, everything dense and aligned to 16 bytes: operands stay in registers.
 // step_staged<T>       all the rest, for a state of T: operands pass through shared memory.
 // normals<T>           initial noise.
 //
@@ -11,24 +11,27 @@
 // the device, so that a captured launch serves every row.
 //
 // Bytes per element: what the row reads and writes, once each (DDIM, K = 2: 24 in float32, 16 with a 16-bit model).
-// Launch: blocks of 128 threads, `parts` of them for each sample, as many as fill the device once; a block works on
-// every parts-th tile of its sample. One warp writes the row's program to shared memory while another finds the
-// operands; a block of an idle sample ends there. The ticket that a block then takes advances the row (control.cuh).
-// With programmatic dependent launch a kernel starts while the one before it ends, and waits for that end before its
-// first access to memory; it does not let its own successor start early, for a model's kernels do not wait.
-// Accumulation: the state's type, every operation rounded once (-fmad=false and explicit fma): a float32 result has the
-// bits of the CPU kernel.
-// Registers: at most 64 (step_dense<1>: 56, nine blocks on a multiprocessor; the others eight), no spills, no local
-// memory, on compute capabilities 8.0 to 12.0. Shared memory of a block: 3 kB, step_staged up to 48 kB.
+// Launch: blocks of 128 threads (step_staged: fewer where columns are many), `parts` of them for each sample, as many
+// as the device holds at once or several times that; a block works on every parts-th tile of its sample. One warp
+// writes the row's program to shared memory while another finds the operands; a block of an idle sample ends there. The
+// ticket that a block then takes advances the row (control.cuh). With programmatic dependent launch a kernel starts
+// while the one before it ends, and waits for that end before its first access to memory; it does not let its own
+// successor start early, for a model's kernels do not wait. Accumulation: the state's type, every operation rounded
+// once (-fmad=false and explicit fma): a float32 result has the bits of the CPU kernel. Registers: at most 64
+// (step_dense<1>: 56, nine blocks on a multiprocessor; the others eight), no spills, no local memory, on compute
+// capabilities 8.0 to 12.0. Shared memory of a block: 3 kB, step_staged up to 53,840 B, for more than 48 KiB of which
+// the launch has to ask (cudaFuncSetAttribute).
 //
 // In machine code: bulk accesses carry the hint to keep out of L1 (LDG.E.NA.128, STG.E.NA.128), all of them 128 bits
 // wide in step_dense; what has no hint (LDG.E, LDG.E.64, STG.E, LDGSTS.E, atomics) reads or writes a sample, its row,
 // weights, bound, routes and timesteps, once a block. step_staged also copies 128 bits at a time (LDGSTS.E.BYPASS.128);
 // its narrow accesses are those of strided and unaligned operands and of 2 to 8 bytes of float64 states.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <stdexcept>
 
 #include "geometry.h"
@@ -150,7 +153,32 @@ void check(const char* call, cudaError_t error) {
 }
 #define PG_CUDA(CALL, ...) check(#CALL, CALL(__VA_ARGS__))
 
-// Makes a device current for as long as it lives.
+// Whether a device is in use: to make one current that is not would create a context on it, with its memory.
+bool in_use(int device) {
+  typedef CUresult (*DeviceGet)(CUdevice*, int);
+  typedef CUresult (*GetState)(CUdevice, unsigned*, int*);
+  const auto find = [](const char* name) {  // in the driver, without a link to it; null if it is not there
+    void* function = nullptr;
+#if CUDART_VERSION >= 12050
+    const auto error = cudaGetDriverEntryPointByVersion(name, &function, 7000, cudaEnableDefault, nullptr);
+#elif CUDART_VERSION >= 11030
+    const auto error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault);
+#else
+    const auto error = cudaErrorNotSupported;
+#endif
+    if (error != cudaSuccess) cudaGetLastError();  // not for the next call to report
+    return error == cudaSuccess ? function : nullptr;
+  };
+  static const DeviceGet device_get = reinterpret_cast<DeviceGet>(find("cuDeviceGet"));
+  static const GetState get_state = reinterpret_cast<GetState>(find("cuDevicePrimaryCtxGetState"));
+  CUdevice handle;
+  unsigned flags;
+  int active;
+  if (!device_get || !get_state || device_get(&handle, device) != CUDA_SUCCESS) return true;
+  return get_state(handle, &flags, &active) != CUDA_SUCCESS || active;
+}
+
+// Makes a device current for as long as it lives; then the one before it, if that is in use.
 struct Guard {
   int before = 0;
   bool changed;
@@ -160,7 +188,7 @@ struct Guard {
     if (changed) PG_CUDA(cudaSetDevice, device);
   }
   ~Guard() {
-    if (changed) cudaSetDevice(before);
+    if (changed && in_use(before)) cudaSetDevice(before);
   }
 };
 
@@ -174,18 +202,35 @@ int capability_of(int device) {
          attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
 
-struct Device {
-  int processors, capability;
-};
-Device device_of(int device) {
-  static std::atomic<int> known[64];  // processors << 16 | capability
+Processors processors_of(int device) {
+  static std::atomic<const Processors*> known[64];  // each kept for ever
   const bool cached = device >= 0 && device < 64;
-  int both = cached ? known[device].load(std::memory_order_relaxed) : 0;
-  if (!both) {
-    both = attribute(cudaDevAttrMultiProcessorCount, device) << 16 | capability_of(device);
-    if (cached) known[device].store(both, std::memory_order_relaxed);
+  const Processors* found = cached ? known[device].load(std::memory_order_acquire) : nullptr;
+  if (found) return *found;
+  const Processors asked{attribute(cudaDevAttrMultiProcessorCount, device),
+                         attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+                         attribute(cudaDevAttrReservedSharedMemoryPerBlock, device)};
+  if (cached) {
+    auto mine = std::make_unique<const Processors>(asked);
+    if (known[device].compare_exchange_strong(found, mine.get(), std::memory_order_acq_rel)) mine.release();
   }
-  return {both >> 16, both & 0xffff};
+  return asked;
+}
+
+// Whether the code that runs on the current `device` waits for the launch before it: __CUDA_ARCH__ was 900 or more when
+// its PTX was made. On a newer device than the build was made for, that is not the device's own number. All kernels of
+// a build have code for the same architectures.
+bool waits(const void* kernel, int device) {
+  static std::atomic<int> known[64];  // ptxVersion
+  const bool cached = device >= 0 && device < 64;
+  int version = cached ? known[device].load(std::memory_order_relaxed) : 0;
+  if (!version) {
+    cudaFuncAttributes attributes;
+    PG_CUDA(cudaFuncGetAttributes, &attributes, kernel);
+    version = attributes.ptxVersion;
+    if (cached) known[device].store(version, std::memory_order_relaxed);
+  }
+  return version >= 90;
 }
 
 // One launch of `kernel`: its error names cudaLaunchKernelExC.
@@ -226,23 +271,22 @@ bool runs_on(int capability) {
 void cuda_step(const StepArgs& args, const Placement& placement, bool refresh) {
   if (args.batch == 0) return;
   const Guard guard(placement.device);
-  const Device device = device_of(placement.device);
   StepArgs a = on_device(args, placement);
-  Geometry g = geometry_of(a, device.processors);
+  Geometry g = geometry_of(a, processors_of(placement.device));
   const void* kernel = kernel_of(a, g);
   if (g.shared > STAGED_BYTES) {
     PG_CUDA(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(g.shared));
   }
   void *dense[] = {&a, &g.parts, &refresh}, *staged[] = {&a, &g.columns, &g.parts, &refresh};
   launch(kernel, a.batch * g.parts, g.threads, g.shared, placement.stream,
-         placement.dependent_launch && device.capability >= 90, g.dense_slots ? dense : staged);
+         placement.dependent_launch && waits(kernel, placement.device), g.dense_slots ? dense : staged);
 }
 
 void cuda_normals(int device, void* stream, void* to, Type type, int64_t first, int64_t count, uint64_t seed,
                   uint32_t ordinal, uint32_t tag) {
   if (count == 0) return;
   const Guard guard(device);
-  const int64_t blocks = normals_blocks(count, device_of(device).processors);
+  const int64_t blocks = normals_blocks(count, processors_of(device));
   void* arguments[] = {&to, &type, &first, &count, &seed, &ordinal, &tag};
   launch(reinterpret_cast<const void*>(type == F64 ? &normals<double> : &normals<float>), blocks, STAGED_THREADS, 0,
          stream, false, arguments);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 from . import native
@@ -18,14 +17,14 @@ def why_not(backend: str, device: str) -> str | None:
         return None
     if backend == "triton":
         try:
-            from .kernels import step_triton
+            from .kernels import launch_triton
         except ImportError as error:
             return str(error)
         except Exception as error:  # anything can happen while a half-installed package is imported
             return f"Triton is installed, but fails to import: {type(error).__name__}: {error}"
-        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device == "cpu" and not launch_triton.INTERPRETED:
             return "Triton runs on a GPU, and on a CPU only under its interpreter (TRITON_INTERPRET=1)"
-        why: str | None = step_triton.reason()
+        why: str | None = launch_triton.reason()
         return why
     if native.C is None:
         return native.reason

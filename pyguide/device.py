@@ -126,16 +126,21 @@ class CudaStep(NativeStep):
         return self.resident.flags()
 
 
+def launch_triton() -> Any:
+    """The module of the Triton kernels; imported late, for Triton takes a second."""
+    from .kernels import launch_triton as module
+
+    return module
+
+
 class TritonStep:
-    """Rows through the Triton kernel: kernels/step_triton.py."""
+    """Rows through the Triton kernel: kernels/launch_triton.py."""
 
     on_device = True
 
     def __init__(self, launch: Launch, resident: Resident | None = None) -> None:
-        from .kernels import step_triton
-
         self.launch, self.resident = launch, resident or Resident.of(launch)
-        self.supplied, self._kernel = False, step_triton.step
+        self.supplied, self._kernel = False, launch_triton().step
         self.bumped, self.bump = versions(launch)
 
     def use_noise(self, supplied: bool) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -263,6 +261,12 @@ def test_goals_are_judged_both_ways_and_a_miss_comes_with_its_roofline():
     assert "\n" not in text
 
 
+def test_the_goals_of_the_step_are_for_cpus():
+    rows = [_row("pyguide", 10.0), _row("diffusers", 500.0)]
+    assert summary.goals(rows)
+    assert not summary.goals([{**row, "clock": "cuda"} for row in rows])
+
+
 def test_the_paragraph_says_where_pyguide_loses_and_when_nothing_repeats():
     rows = [_row("pyguide", 10.0), _row("eager", 8.0)]
     text = summary.paragraph(rows)
@@ -275,7 +279,20 @@ def test_the_paragraph_says_where_pyguide_loses_and_when_nothing_repeats():
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
-STEP_KEYS = {"suite", "solver", "shape", "dtype", "contender", "steps", "us", "us_p20", "us_p80", "us_rounds", "bytes"}
+STEP_KEYS = {
+    "suite",
+    "solver",
+    "shape",
+    "dtype",
+    "clock",
+    "contender",
+    "steps",
+    "us",
+    "us_p20",
+    "us_p80",
+    "us_rounds",
+    "bytes",
+}
 STEP_KEYS |= {"gb_per_s", "resident", "sets", "difference"}
 FACTS = {"device", "cores", "threads", "cache_bytes", "isa", "versions", "commit", "date"}
 
@@ -315,78 +332,6 @@ def test_torch_compile_is_part_of_a_run(tmp_path):
     found = {row["contender"] for row in json.loads(file.read_text())["rows"]}
     assert found >= {"torch.compile buffers", "torch.compile expand", "torch.compile buffers static"}
     assert {name for name, _ in step.formulations(full=True, resident=True)} == set(FORMULATIONS)
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--suite", "speed"], "--suite"),
-        (["--shapes", "1x4"], "--shapes"),
-        (["--shapes", "1x4x0x2"], "--shapes"),
-        (["--dtype", "int8"], "--dtype"),
-        (["--solver", "magic"], "--solver"),
-        (["--rounds", "0"], "--rounds"),
-        (["--images", "5"], "--images"),
-        (["--steps", "two"], "--steps"),
-        (["--device", "tpu"], "--device"),
-        (["--device", "cuda"], "--device: this version of pyguide has no CUDA back end"),
-        (["--device", "cuda:1"], "--device: this version of pyguide has no CUDA back end"),
-        (["--json", "no_such_folder/x.json"], "--json"),
-        (["--suite", "accuracy", "--plot", "x.png"], "--plot"),
-    ],
-)
-def test_a_bad_flag_is_named(flags, named, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(flags)
-    assert stopped.value.code == 2
-    assert f"argument {named}" in capsys.readouterr().err
-
-
-BLOCKED = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {package!r}:
-            raise ModuleNotFoundError("No module named " + name, name=name)
-sys.meta_path.insert(0, Absent())
-from pyguide.bench.cli import main
-main({flags!r})
-"""
-
-
-def without(package, *flags, folder):
-    code = BLOCKED.format(package=package, flags=list(flags))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
-
-
-@pytest.mark.parametrize("package", ["torch", "rich"])
-def test_without_a_needed_package_the_error_names_the_extra(package, tmp_path):
-    done = without(package, folder=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.strip() == f"ImportError: {package} is not installed: pip install pyguide[bench]"
-
-
-def test_without_diffusers_the_rest_is_measured_and_the_gap_is_said(tmp_path):
-    flags = ["--shapes", "1x2x4x4", "--rounds", "1", "--no-compile", "--solver", "ddim", "--json", "rows.json"]
-    done = without("diffusers", "--suite", "step", "--suite", "accuracy", *flags, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "No comparison with stock diffusers: diffusers is not installed: pip install pyguide[bench]" in done.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert {row["contender"] for row in rows} == {"pyguide", "eager", "kernel", "copy"}
-    assert all(row["ratio"] is None for row in rows if row["suite"] == "accuracy")
-
-
-def test_without_sklearn_the_suite_is_left_out_and_the_reason_is_said(tmp_path):
-    done = without("sklearn", "--suite", "sample", "--plot", "plot.png", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "The suite sample was left out: sklearn is not installed: pip install pyguide[bench]" in done.stdout
-    assert "No plot: there are no rows" in done.stdout
-
-
-def test_help_needs_no_optional_package(tmp_path):
-    done = without("torch", "--help", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert all(flag in done.stdout for flag in ("--suite", "--device", "--shapes", "--dtype", "--solver", "--full"))
 
 
 def test_facts_are_plain_data():

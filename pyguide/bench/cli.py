@@ -16,7 +16,8 @@ from typing import Any
 from . import cases
 from .extras import missing, require
 
-SUITES = ("step", "sample", "accuracy", "compile")
+SUITES = ("step", "sample", "accuracy", "compile")  # by default on a CPU
+GPU_SUITES = ("gpu", "step", "sample")  # on a GPU
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (8, 16, 128, 128))
 FULL_SHAPES = (*SHAPES, (4, 4, 64, 64), (1, 16, 128, 128), (1, 4096, 64), (1, 16, 5, 60, 90))
 DTYPES = ("float32", "float16", "bfloat16")
@@ -27,19 +28,28 @@ GRID = Path("digits.png")
 def parser() -> argparse.ArgumentParser:
     text = "Measures pyguide against what else is installed: stock diffusers, eager PyTorch, torch.compile."
     made = argparse.ArgumentParser(prog="python -m pyguide.bench", description=text)
-    made.add_argument("--suite", action="append", choices=SUITES, help="default: all; may be repeated")
+    suites = dict.fromkeys((*SUITES, *GPU_SUITES))
+    default = f"default: {', '.join(SUITES)}; on a GPU {', '.join(GPU_SUITES)}"
+    made.add_argument("--suite", action="append", choices=tuple(suites), help=f"{default}; may be repeated")
     made.add_argument("--shapes", nargs="+", type=shape, metavar="BxCxHxW", help="of the latents (step)")
     made.add_argument("--dtype", action="append", choices=DTYPES, help="of model inputs and outputs (step)")
     made.add_argument(
         "--solver", action="append", choices=tuple(cases.CASES), help=f"default: {', '.join(cases.DEFAULT)}"
     )
-    made.add_argument("--device", default="cpu", help="cpu; there is no other back end yet")
+    made.add_argument(
+        "--device", default="cpu", type=device, help="cpu (the default), cuda or cuda:1 (step, sample, gpu)"
+    )
+    made.add_argument(
+        "--dry", action="store_true", help="rehearse the suite gpu on a CPU: tiny, and it measures nothing"
+    )
+    made.add_argument("--budget", type=positive, metavar="SECONDS", help="begin no further part after this time (gpu)")
     made.add_argument("--rounds", type=positive, default=5, help="interleaved rounds, of which the median is shown (5)")
     made.add_argument("--images", type=images, help="digits to sample for each scale (sample)")
     made.add_argument("--steps", type=positive, help="sampling steps of the digits (sample)")
     made.add_argument("--full", action="store_true", help="more shapes and solvers, bfloat16, 50 steps of digits")
     made.add_argument("--no-compile", action="store_true", help="leave out torch.compile and its warm-up")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write every row, with what it was measured on")
+    rows = "write every row, with what it was measured on; to FILE.jsonl: append them, a line each, as they come"
+    made.add_argument("--json", type=Path, metavar="FILE", help=rows)
     made.add_argument("--plot", type=Path, metavar="PNG", help="write bars by solver, and accuracy and recall by scale")
     made.add_argument("--grid", type=Path, metavar="PNG", default=GRID, help=f"where the sampled digits go ({GRID})")
     return made
@@ -50,6 +60,13 @@ def shape(text: str) -> tuple[int, ...]:
     if len(sizes) < 3 or not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise argparse.ArgumentTypeError(f"expected sizes such as 1x4x64x64 (at least three), got {text!r}")
     return tuple(map(int, sizes))
+
+
+def device(text: str) -> str:
+    kind, colon, index = text.partition(":")
+    if text != "cpu" and (kind != "cuda" or bool(colon) != index.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:1, got {text!r}")
+    return text
 
 
 def positive(text: str) -> int:
@@ -68,20 +85,40 @@ def images(text: str) -> int:
 
 def check(options: argparse.Namespace, made: argparse.ArgumentParser) -> None:
     """Errors that need more than one argument, before anything is measured."""
-    if options.device.startswith("cuda"):
-        made.error("argument --device: this version of pyguide has no CUDA back end yet: cpu only")
-    if options.device != "cpu":
-        made.error(f"argument --device: expected cpu, got {options.device!r}")
+    suites = chosen(options)
+    on_gpu = options.device.startswith("cuda")
+    if options.dry and (on_gpu or suites != ["gpu"]):
+        made.error("argument --dry: rehearses --suite gpu on a CPU, and nothing else")
+    if "gpu" in suites and not (on_gpu or options.dry):
+        made.error("argument --suite: gpu measures a GPU: add --device cuda, or --dry to rehearse it here")
+    for suite in suites:
+        if on_gpu and suite not in GPU_SUITES:
+            made.error(f"argument --suite: {suite} does not depend on the device: leave out --device {options.device}")
     for flag in ("json", "plot", "grid"):
         path = getattr(options, flag)
         if path is not None and not path.absolute().parent.is_dir():
             made.error(f"argument --{flag}: no such folder: {path.absolute().parent}")
-    if options.plot is not None and not {"step", "sample"} & set(options.suite or SUITES):
+    if options.plot is not None and not {"step", "sample"} & set(suites):
         made.error("argument --plot: draws the suites step and sample, neither was asked for")
     for package in ("torch", "rich"):
         why = missing(package)
         if why is not None:
             raise ImportError(why, name=package)
+    if on_gpu:
+        cuda = require("torch").cuda
+        if not cuda.is_available():
+            made.error("argument --device: torch finds no CUDA device here")
+        index = int(options.device.partition(":")[2] or cuda.current_device())
+        if index >= cuda.device_count():
+            made.error(f"argument --device: there are {cuda.device_count()} CUDA devices, got {options.device}")
+        options.device = f"cuda:{index}"
+        cuda.set_device(index)
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """The suites that were asked for, in order."""
+    default = ("gpu",) if options.dry else GPU_SUITES if options.device.startswith("cuda") else SUITES
+    return list(dict.fromkeys(options.suite or default))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,13 +135,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = require("rich.console").Console(width=160)  # in a file nothing need be cut
     notes: list[str] = []
-    rows = measure(options, console, notes)
-    from . import machine, plot, report, summary
+    from . import gpu, machine, plot, report, summary
 
+    lines = options.json is not None and options.json.suffix == ".jsonl"
+    rows = measure(options, console, notes, options.json if lines else None)
     report.show(console, rows)
-    facts = machine.facts()
+    facts = machine.facts(options.device)
     written = [str(options.grid)] if any("recall" in row for row in rows) and "matplotlib" in sys.modules else []
-    if options.json is not None:
+    if lines:
+        written.append(str(options.json))
+    elif options.json is not None:
         content = {"format": FORMAT, "rows": [{**facts, **row} for row in rows], "notes": notes}
         options.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         written.append(str(options.json))
@@ -122,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         style="dim",
     )
     console.print(summary.paragraph(rows, notes, written), highlight=False, markup=False, soft_wrap=True)
+    if any(note.startswith(gpu.WRONG) for note in notes):
+        sys.exit(1)
 
 
 def _quiet() -> None:
@@ -131,15 +173,25 @@ def _quiet() -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
-def measure(options: argparse.Namespace, console: Any, notes: list[str]) -> list[dict[str, Any]]:
-    """The rows of the suites, with a progress bar; what could not be measured is noted."""
+def append(file: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Rows as lines of JSON, at the end of a file."""
+    with file.open("a", encoding="utf-8") as target:
+        target.writelines(json.dumps({**facts, **row}, allow_nan=False) + "\n" for row in rows)
+
+
+def measure(
+    options: argparse.Namespace, console: Any, notes: list[str], file: Path | None = None
+) -> list[dict[str, Any]]:
+    """The rows of the suites, with a progress bar, and notes on what is missing. file: takes them as they come."""
+    from . import machine
+
     torch, progress = require("torch"), require("rich.progress")
     if missing("diffusers") is not None:
         notes.append(f"No comparison with stock diffusers: {missing('diffusers')}")
     rows: list[dict[str, Any]] = []
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn())
     with torch.no_grad(), progress.Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
-        for suite in dict.fromkeys(options.suite or SUITES):
+        for suite in chosen(options):
             why = _needs(suite)
             if why is not None:
                 notes.append(f"The suite {suite} was left out: {why}")
@@ -148,6 +200,8 @@ def measure(options: argparse.Namespace, console: Any, notes: list[str]) -> list
             task = bar.add_task(suite, total=total)
             for what, found in parts:
                 rows += found
+                if file is not None:
+                    append(file, machine.facts(options.device), found)
                 bar.update(task, advance=1, description=f"{suite}: {what}")
                 bar.refresh()
     return rows
@@ -164,25 +218,39 @@ Parts = Iterator[tuple[str, list[dict[str, Any]]]]
 def _suite(suite: str, options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
     """(number of parts, the parts) of a suite."""
     suites: dict[str, Callable[[argparse.Namespace, list[str]], tuple[int, Parts]]]
-    suites = {"step": _step, "sample": _sample, "accuracy": _accuracy, "compile": _compile}
+    suites = {"gpu": _gpu, "step": _step, "sample": _sample, "accuracy": _accuracy, "compile": _compile}
     return suites[suite](options, notes)
+
+
+def _gpu(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
+    from . import gpu
+    from .gpu.setup import prepare
+
+    compiled = not options.no_compile
+    setup = prepare(options.device, dry=options.dry, rounds=options.rounds, compiled=compiled, notes=notes)
+    return len(gpu.parts(setup)), gpu.run(setup, notes, budget=options.budget)
 
 
 def _step(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
     from . import step
+    from .clock import clock_for
 
     shapes = options.shapes or (FULL_SHAPES if options.full else SHAPES)
     dtypes = options.dtype or (["float32", "bfloat16"] if options.full else ["float32"])
     solvers = options.solver or (list(cases.CASES) if options.full else list(cases.DEFAULT))
-    why = "--no-compile was given" if options.no_compile else step.compile_error()
+    why = "--no-compile was given" if options.no_compile else step.compile_error(options.device)
     if why is not None:
         notes.append(f"No comparison with torch.compile: {why}")
-    parts = step.run(shapes, dtypes, solvers, full=options.full, rounds=options.rounds, compile_missing=why)
+    clock = clock_for(options.device)
+    parts = step.run(
+        shapes, dtypes, solvers, full=options.full, rounds=options.rounds, compile_missing=why, clock=clock
+    )
     return len(shapes) * len(dtypes) * len(solvers), parts
 
 
 def _sample(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
     from . import digits, sample
+    from .clock import clock_for
 
     steps = options.steps or (50 if options.full else 25)
     count = options.images or sample.IMAGES
@@ -191,7 +259,8 @@ def _sample(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
         notes.append(f"No picture of the digits: {missing('matplotlib')}")
         grid = None
     total = len(digits.KINDS) * (len(sample.BATCHES) + len(sample.SCALES)) + (grid is not None)
-    return total, sample.run(steps=steps, count=count, rounds=options.rounds, grid=grid)
+    clock = clock_for(options.device)
+    return total, sample.run(steps=steps, count=count, rounds=options.rounds, grid=grid, clock=clock)
 
 
 def _accuracy(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:

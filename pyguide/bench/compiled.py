@@ -12,7 +12,7 @@ With `static` the size is a constant of the generated code, else it is symbolic 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from .cases import Case
 from .extras import require
@@ -21,54 +21,81 @@ from .peers import Network, Program, Tensor
 FORMULATIONS = ("buffers", "stack", "expand")
 
 
+class Operands(NamedTuple):
+    """slots: the state, [N] each. z: noise of a stochastic plan. given: what the model is given, in the end."""
+
+    slots: list[Tensor]
+    z: tuple[Tensor, ...]
+    given: list[Tensor]
+
+
 class Compiled:
     """One formulation as a sampling loop."""
 
-    def __init__(self, case: Case, steps: int, formulation: str, *, static: bool = False) -> None:
+    def __init__(
+        self, case: Case, steps: int, formulation: str, *, static: bool = False, backend: str = "inductor"
+    ) -> None:
         self.program, self.formulation = Program(case, steps), formulation
-        self.source, self.step = _step(self.program, formulation, static)
+        self.source, self.step = _step(self.program, formulation, static, backend)
         torch = require("torch")
         rows = range(1, self.program.evaluations + 1)
         self.coefficients = [torch.tensor(_coefficients(self.program, i)) for i in rows]
+        self._placed = torch.device("cpu")
 
-    def run(self, model: Network, noise: Tensor, generator: Any = None) -> Tensor:
-        torch, program, step = require("torch"), self.program, self.step
+    def begin(self, noise: Tensor) -> Operands:
+        """The operands of a run, as row 0 leaves them."""
+        torch, program = require("torch"), self.program
+        if self._placed != noise.device:  # beforehand: what does not depend on the data does not count
+            self.coefficients = [k.to(noise.device) for k in self.coefficients]
+            self._placed = noise.device
         slots = [noise.flatten().to(torch.float32, copy=True)]
         slots += [torch.zeros_like(slots[0]) for _ in range(program.slots - 1)]
-        N, half = slots[0].numel(), noise.shape
         first = slots[0] * program.rows[0].c_in
         model_input = first.to(noise.dtype).repeat(2, 1)
-        u, c = model_input[0].clone(), model_input[1].clone()
-        whole = model_input.view(2 * half[0], *half[1:])
-        pair = (u.view(half), c.view(half))
         z = (torch.empty_like(slots[0]),) if program.noisy else ()
-        for i, k in enumerate(self.coefficients):
-            given = pair if self.formulation == "buffers" else whole
-            out = model(given, program.timesteps[i]).view(2, N)
+        given = [model_input] if self.formulation != "buffers" else [half.clone() for half in model_input]
+        return Operands(slots, z, given)
+
+    def advance(self, operands: Operands, i: int, out: Tensor, generator: Any = None) -> None:
+        """Row i + 1 with the model's output [2, N]."""
+        slots, z, given = operands
+        for normal in z:
+            normal.normal_(generator=generator)
+        placed = [slots[r] for r in self.program.orders[i + 1]]
+        if self.formulation == "stack":
+            given[0] = self.step(self.coefficients[i], out, *z, *placed)
+        else:
+            self.step(self.coefficients[i], out, *z, *placed, *given)
+
+    def run(self, model: Network, noise: Tensor, generator: Any = None) -> Tensor:
+        (slots, z, given), step, orders = self.begin(noise), self.step, self.program.orders
+        half, N, times = noise.shape, slots[0].numel(), self.program.times(noise)
+        whole = given[0].view(-1, *half[1:])
+        pair = tuple(part.view(half) for part in given) if len(given) > 1 else ()
+        for i, k in enumerate(self.coefficients):  # `advance` written out: a call of Python's counts
+            out = model(pair if self.formulation == "buffers" else whole, times[i]).view(2, N)
             for normal in z:
                 normal.normal_(generator=generator)
-            placed = [slots[r] for r in program.orders[i + 1]]
-            if self.formulation == "buffers":
-                step(k, out, *z, *placed, u, c)
-            elif self.formulation == "stack":
+            placed = [slots[r] for r in orders[i + 1]]
+            if self.formulation == "stack":
                 whole = step(k, out, *z, *placed).view(whole.shape)
             else:
-                step(k, out, *z, *placed, model_input)
+                step(k, out, *z, *placed, *given)
         return slots[0].to(noise.dtype).view(half)
 
 
-_KNOWN: dict[tuple[str, bool], Any] = {}
+_KNOWN: dict[tuple[str, bool, str], Any] = {}
 
 
-def _step(program: Program, formulation: str, static: bool) -> tuple[str, Any]:
+def _step(program: Program, formulation: str, static: bool, backend: str) -> tuple[str, Any]:
     """(source, compiled function); solvers whose steps read the same terms share it."""
     torch, source = require("torch"), _source(program, formulation)
-    key = (source, static)
+    key = (source, static, backend)
     if key not in _KNOWN:
         scope: dict[str, Any] = {"torch": torch}
         # a code object of its own: the guards of one step never make another one slower
         exec(compile(source, f"<step {len(_KNOWN)}>", "exec"), scope)
-        _KNOWN[key] = torch.compile(scope["step"], fullgraph=True, dynamic=not static)
+        _KNOWN[key] = torch.compile(scope["step"], fullgraph=True, dynamic=not static, backend=backend)
     return source, _KNOWN[key]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from ..backends import Backend
 from ..guidance import CFG
 from ..layout import Row
 from ..sampler import Sampler
@@ -30,13 +31,14 @@ class Contender(Protocol):
 class Pyguide:
     """The Sampler, as any user calls it."""
 
-    def __init__(self, case: Case, steps: int) -> None:
-        self.plan = case.plan(steps)
+    def __init__(self, case: Case, steps: int, backend: Backend = "auto") -> None:
+        self.plan, self.backend = case.plan(steps), backend
         self.seeds = 0 if case.stochastic else None
 
     def run(self, model: Network, noise: Tensor, generator: Any = None) -> Tensor:
         seeds = self.seeds if generator is None else None
-        return Sampler(model, self.plan, CFG(SCALE))(noise, cond={}, uncond={}, seeds=seeds, generator=generator)
+        sampler = Sampler(model, self.plan, CFG(SCALE), backend=self.backend)
+        return sampler(noise, cond={}, uncond={}, seeds=seeds, generator=generator)
 
 
 class Stock:
@@ -48,7 +50,7 @@ class Stock:
 
     def run(self, model: Network, noise: Tensor, generator: Any = None) -> Tensor:
         torch, scheduler = require("torch"), self.scheduler
-        scheduler.set_timesteps(self.steps)
+        scheduler.set_timesteps(self.steps, device=noise.device)
         options = {"generator": generator} if self.case.stochastic else {}
         flow = self.case.grid == "flow"  # its pipelines neither scale the first noise nor the model input
         latents = noise if flow else noise * scheduler.init_noise_sigma
@@ -74,7 +76,7 @@ class Program:
         plan = case.plan(steps)
         self.slots, self.evaluations = plan.slots, plan.evaluations
         self.rows: tuple[Row, ...] = plan.rows
-        self.timesteps = plan.timestep.tolist()
+        self.timesteps, self.whole = plan.timestep.tolist(), plan.integer_time
         if any(any(row.e) for row in self.rows):
             raise ValueError(f"solver: {case.name} reads the raw output beside D, which this program does not")
         self.outputs = [(row.a_g * (1.0 - SCALE), row.a_g * SCALE) for row in self.rows]  # of u and c in D
@@ -88,6 +90,13 @@ class Program:
         self.reads_d = tuple(any(row.d[r] for row in rest) for r in places)
         self.reads_z = tuple(any(row.n[r] for row in rest) for r in places)
         self.noisy = any(self.reads_z)
+
+    def times(self, noise: Tensor) -> list[Tensor]:
+        """The timestep of each evaluation for every row of the model's batch, [2 B], on the device of the noise."""
+        torch = require("torch")
+        dtype = torch.int64 if self.whole else torch.float32
+        column = torch.tensor(self.timesteps, dtype=torch.float64).to(noise.device, dtype)
+        return list(column[:, None].repeat(1, 2 * len(noise)))
 
 
 def _arranged(row: Row, order: Sequence[int]) -> Row:
@@ -106,11 +115,11 @@ class Eager:
         state = torch.float64 if noise.dtype == torch.float64 else torch.float32
         slots = [noise.to(state, copy=True)] + [torch.empty_like(noise, dtype=state) for _ in range(program.slots - 1)]
         spare = [torch.empty_like(slot) for slot in slots]  # of D (at 0) and of the slots that are not updated in place
-        model_input, z = torch.empty((2, *noise.shape), dtype=noise.dtype), torch.empty_like(slots[0])
-        batched = model_input.flatten(0, 1)
+        model_input = torch.empty((2, *noise.shape), dtype=noise.dtype, device=noise.device)
+        batched, z, times = model_input.flatten(0, 1), torch.empty_like(slots[0]), program.times(noise)
         model_input.copy_(slots[0] * program.rows[0].c_in)
         for i, row in enumerate(program.rows[1:], 1):
-            uncond, cond = model(batched, program.timesteps[i - 1]).chunk(2)
+            uncond, cond = model(batched, times[i - 1]).chunk(2)
             w_u, w_c = program.outputs[i]
             readers = [r for r in range(program.slots) if row.d[r]]
             folded = len(readers) == 1

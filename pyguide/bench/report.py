@@ -11,6 +11,11 @@ from .summary import Rows, amount, by_contender, geometric_mean, goals, groups, 
 
 def show(console: Any, rows: Rows) -> None:
     """Every table that the rows have something for."""
+    if any(row["suite"] == "gpu" for row in rows):
+        from .gpu.reaches import details, faster, table
+
+        for line in ("", *table(rows), "", *faster(rows), *details(rows), ""):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for shape, dtype in groups(rows):
         console.print(_step_table(rows, shape, dtype))
     for table in (
@@ -68,7 +73,7 @@ def _speed_table(rows: Rows) -> Any:
     title = f"Digits end to end, {found[0]['steps']} steps"
     table = _table(title, "model", "batch", "sampler", "images/s", "outside the model")
     for row in found:
-        share = f"{100 * row['outside_share']:.1f} %"
+        share = "-" if row["outside_share"] is None else f"{100 * row['outside_share']:.1f} %"
         table.add_row(row["model"], str(row["batch"]), row["contender"], f"{row['images_per_s']:.0f}", share)
     return table
 

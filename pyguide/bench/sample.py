@@ -15,6 +15,7 @@ from ..noise import randn
 from ..plan import Plan
 from ..sampler import Sampler
 from . import digits
+from .clock import Clock, HostClock
 from .digits import judge
 from .extras import missing, require
 from .timing import interleaved
@@ -41,20 +42,20 @@ def plan(kind: digits.Kind, steps: int, *, clip: bool = True) -> Plan:
     return compile("ddim", path, prediction="flow", clip=limit, use_clipped_model_output=clip)
 
 
-def labels(count: int) -> Any:
+def labels(count: int, device: str = "cpu") -> Any:
     """The classes in turn, 0 .. 9, 0 .. [count]."""
-    return require("torch").arange(count) % 10
+    return require("torch").arange(count, device=device) % 10
 
 
-def images(net: Any, plan: Plan, scale: float, count: int) -> Any:
+def images(sampler: Sampler, count: int, device: str = "cpu") -> Any:
     """Samples [count, 1, 8, 8] of seeds 0 .. count - 1, the classes in turn."""
     torch = require("torch")
-    noise = randn(0, (count, *digits.SHAPE), like=torch.empty(0))
-    cond, uncond = labels(count), torch.full((count,), digits.NULL)
-    return Sampler(net, plan, CFG(scale))(noise, cond={"labels": cond}, uncond={"labels": uncond})
+    noise = randn(0, (count, *digits.SHAPE), like=torch.empty(0, device=device))
+    cond = labels(count, device)
+    return sampler(noise, cond={"labels": cond}, uncond={"labels": torch.full_like(cond, digits.NULL)})
 
 
-def stock_images(net: Any, kind: digits.Kind, steps: int, scale: float, count: int) -> Any:
+def stock_images(net: Any, kind: digits.Kind, steps: int, scale: float, count: int, device: str = "cpu") -> Any:
     """The same with stock diffusers: DDIM with the clip, FlowMatchEuler without (it has none)."""
     torch, diffusers = require("torch"), require("diffusers")
     options: dict[str, Any] = {}
@@ -63,9 +64,10 @@ def stock_images(net: Any, kind: digits.Kind, steps: int, scale: float, count: i
         options["use_clipped_model_output"] = True
     else:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(steps)
-    both = torch.cat([torch.full((count,), digits.NULL), labels(count)])
-    latents = randn(0, (count, *digits.SHAPE), like=torch.empty(0))
+    scheduler.set_timesteps(steps, device=device)
+    classes = labels(count, device)
+    both = torch.cat([torch.full_like(classes, digits.NULL), classes])
+    latents = randn(0, (count, *digits.SHAPE), like=torch.empty(0, device=device))
     for t in scheduler.timesteps:
         uncond, cond = net(torch.cat([latents] * 2), t.expand(2 * count), both).chunk(2)
         latents = scheduler.step(uncond + scale * (cond - uncond), t, latents, **options, return_dict=False)[0]
@@ -85,16 +87,25 @@ class Clocked:
         return out
 
 
-def speed(kind: digits.Kind, steps: int, *, batch: int, rounds: int = 5) -> list[dict[str, Any]]:
+def speed(
+    kind: digits.Kind, steps: int, *, batch: int, rounds: int = 5, clock: Clock | None = None
+) -> list[dict[str, Any]]:
     """Images per second of a batch, pyguide and stock diffusers interleaved, and the share of time outside the network.
 
+    On a GPU, where host and device overlap, there is no such share (None), and pyguide's captured loop beside the rest.
     A row: suite, model, contender, batch, steps, scale, images_per_s (and _p20, _p80), outside_share.
     """
-    torch, net = require("torch"), digits.load(kind)
-    ours = plan(kind, steps, clip=kind == "epsilon")
-    loops: dict[str, Callable[[Any], Any]] = {"pyguide": lambda model: images(model, ours, SPEED_SCALE, batch)}
+    clock = HostClock() if clock is None else clock
+    torch, device = require("torch"), clock.device
+    net, ours = digits.load(kind).to(device), plan(kind, steps, clip=kind == "epsilon")
+    guidance = CFG(SPEED_SCALE)
+    loops: dict[str, Callable[[Any], Any]]
+    loops = {"pyguide": lambda model: images(Sampler(model, ours, guidance), batch, device)}
+    if clock.name == "cuda":
+        captured = Sampler(net, ours, guidance, cuda_graph=True)
+        loops["pyguide captured"] = lambda model: images(captured, batch, device)
     if missing("diffusers") is None:
-        loops["diffusers"] = lambda model: stock_images(model, kind, steps, SPEED_SCALE, batch)
+        loops["diffusers"] = lambda model: stock_images(model, kind, steps, SPEED_SCALE, batch, device)
         difference = float((loops["diffusers"](net) - loops["pyguide"](net)).abs().max())
         if not difference <= TOLERANCE:
             raise RuntimeError(f"{kind}: diffusers and pyguide make different images ({difference:.1e} apart)")
@@ -102,14 +113,17 @@ def speed(kind: digits.Kind, steps: int, *, batch: int, rounds: int = 5) -> list
 
     def measure(who: str) -> float:
         model = Clocked(net)
+        clock.wait()
         start = time.perf_counter()
         loops[who](model)
+        clock.wait()
         seconds = time.perf_counter() - start
         shares[who].append(1 - model.seconds / seconds)
         return seconds / batch
 
     with torch.no_grad():
         timings = interleaved({who: partial(measure, who) for who in loops}, rounds=rounds, seconds=0.05)
+    middle = {who: sorted(found)[len(found) // 2] if clock.name == "host" else None for who, found in shares.items()}
     return [
         {
             "suite": "sample",
@@ -122,21 +136,27 @@ def speed(kind: digits.Kind, steps: int, *, batch: int, rounds: int = 5) -> list
             "images_per_s": 1 / timing.median,
             "images_per_s_p20": 1 / timing.percentile(80),
             "images_per_s_p80": 1 / timing.percentile(20),
-            "outside_share": sorted(shares[who])[len(shares[who]) // 2],
+            "outside_share": middle[who],
         }
         for who, timing in timings.items()
     ]
 
 
 def run(
-    *, steps: int = 25, count: int = IMAGES, rounds: int = 5, scales: Sequence[float] = SCALES, grid: Path | None = None
+    *,
+    steps: int = 25,
+    count: int = IMAGES,
+    rounds: int = 5,
+    scales: Sequence[float] = SCALES,
+    grid: Path | None = None,
+    clock: Clock | None = None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(what was measured, its rows); writes the grid of images, ten classes against scales, at the end.
 
     A row of quality: suite, model, scale, images, steps, accuracy, recall, precision, frechet; rows of `speed` beside
     them. One thread: for layers this small more of them are slower.
     """
-    torch = require("torch")
+    torch, clock = require("torch"), HostClock() if clock is None else clock
     for package in ("sklearn", "safetensors"):
         require(package)
     threads = torch.get_num_threads()
@@ -145,11 +165,11 @@ def run(
     names: list[str] = []
     try:
         for kind in digits.KINDS:
-            net, clipped = digits.load(kind), plan(kind, steps)
+            net, clipped = digits.load(kind).to(clock.device), plan(kind, steps)
             for batch in BATCHES:
-                yield f"{kind} speed, batch {batch}", speed(kind, steps, batch=batch, rounds=rounds)
+                yield f"{kind} speed, batch {batch}", speed(kind, steps, batch=batch, rounds=rounds, clock=clock)
             for scale in scales:
-                made = images(net, clipped, scale, count)
+                made = images(Sampler(net, clipped, CFG(scale)), count, clock.device).cpu()
                 bands.append(made[: 10 * GRID_LINES])
                 names.append(f"{kind} {scale:g}")
                 found = {

@@ -12,6 +12,8 @@ namespace pyguide {
 namespace {
 
 constexpr int64_t SHARED_BYTES = 99 << 10;  // that a block can have on every device of compute capability 8.0 and above
+constexpr int64_t PROCESSOR_BYTES = 100 << 10, RESERVED_BYTES = 1 << 10;  // of a multiprocessor, of a block
+constexpr unsigned char BEHIND = 0xa5;                                    // what lies behind a block's shared memory
 
 enum Counter { BULK_LOADS, BULK_STORES, BULK_COPIES, SMALL_COPIES, LOADS, STORES, BLOCKS, LAUNCHES, COUNTERS };
 
@@ -22,9 +24,10 @@ struct Simulator {
   int processors = 2;  // few, so that blocks have several tiles
   uint64_t counters[COUNTERS] = {};
 
-  // body(thread) for every thread of every block.
+  Processors device() const { return {processors, PROCESSOR_BYTES, RESERVED_BYTES}; }
+  // body(thread, its block's shared memory of `bytes`) for every thread of every block.
   template <class F>
-  void launch(int64_t blocks, int threads, const F& body);
+  void launch(int64_t blocks, int threads, int64_t bytes, const F& body);
 };
 Simulator& simulator() {
   static Simulator one;
@@ -107,27 +110,37 @@ class HostThread {
 };
 
 template <class F>
-void Simulator::launch(int64_t blocks, int threads, const F& body) {
+void Simulator::launch(int64_t blocks, int threads, int64_t bytes, const F& body) {
   if (blocks < 1 || blocks > INT32_MAX) throw std::runtime_error("simulated: " + std::to_string(blocks) + " blocks");
+  if (bytes > SHARED_BYTES) throw std::runtime_error("simulated: too much shared memory");
   counters[LAUNCHES]++;
   std::vector<int64_t> order;
   for (int64_t i = 0; i < blocks; ++i) order.push_back(i);
   random.shuffle(order);
-  std::vector<Words16> shared(size_t(SHARED_BYTES) / 16);
+  std::vector<Words16> memory(size_t(2 * SHARED_BYTES) / 16);
+  unsigned char *shared = reinterpret_cast<unsigned char*>(memory.data()), *end = shared + 2 * SHARED_BYTES;
   for (int64_t block : order) {
     counters[BLOCKS]++;
-    memset(static_cast<void*>(shared.data()), 0xff, shared.size() * 16);
+    memset(shared, 0xff, size_t(bytes));
+    memset(shared + bytes, BEHIND, size_t(end - shared - bytes));
     std::vector<HostThread> all;
     for (int i = 0; i < threads; ++i) all.emplace_back(i, threads, block);
-    fibers.run(threads, random, [&](int i) { body(all[size_t(i)], reinterpret_cast<char*>(shared.data())); });
+    fibers.run(threads, random, [&](int i) { body(all[size_t(i)], reinterpret_cast<char*>(shared)); });
+    for (const unsigned char* p = shared + bytes; p < end; ++p) {
+      if (*p != BEHIND) throw std::runtime_error("simulated: a write behind the block's shared memory");
+    }
   }
 }
 
 template <int S, bool HALF>
 void dense(Simulator& s, const StepArgs& a, const Geometry& g, bool refresh) {
-  s.launch(a.batch * g.parts, g.threads, [&](const HostThread& thread, char* shared) {
-    float* raw = reinterpret_cast<float*>(shared + sizeof(DenseControl));
-    dense_step<S, HALF>(thread, a, g.parts, refresh, *reinterpret_cast<DenseControl*>(shared), raw);
+  struct Shared {  // the kernel's static shared memory
+    DenseControl control;
+    float raw[DenseControl::raw_width];
+  };
+  s.launch(a.batch * g.parts, g.threads, sizeof(Shared), [&](const HostThread& thread, char* bytes) {
+    Shared* shared = reinterpret_cast<Shared*>(bytes);
+    dense_step<S, HALF>(thread, a, g.parts, refresh, shared->control, shared->raw);
   });
 }
 template <int S>
@@ -136,8 +149,7 @@ void dense(Simulator& s, const StepArgs& a, const Geometry& g, bool refresh) {
 }
 template <class T>
 void staged(Simulator& s, const StepArgs& a, const Geometry& g, bool refresh) {
-  if (g.shared > SHARED_BYTES) throw std::runtime_error("simulated: too much shared memory");
-  s.launch(a.batch * g.parts, g.threads, [&](const HostThread& thread, char* shared) {
+  s.launch(a.batch * g.parts, g.threads, g.shared, [&](const HostThread& thread, char* shared) {
     staged_step<T>(thread, a, g.columns, g.parts, refresh, shared);
   });
 }
@@ -154,7 +166,7 @@ void cuda_step(const StepArgs& args, const Placement& placement, bool refresh) {
   Simulator& s = simulator();
   const std::lock_guard<std::mutex> lock(s.mutex);
   const StepArgs a = on_device(args, placement);
-  const Geometry g = geometry_of(a, s.processors);
+  const Geometry g = geometry_of(a, s.device());
   if (g.dense_slots == 1) return dense<1>(s, a, g, refresh);
   if (g.dense_slots == 2) return dense<2>(s, a, g, refresh);
   if (g.dense_slots == 4) return dense<4>(s, a, g, refresh);
@@ -167,8 +179,8 @@ void cuda_normals(int device, void*, void* to, Type type, int64_t first, int64_t
   need_device(device);
   Simulator& s = simulator();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  const int64_t blocks = normals_blocks(count, s.processors), threads = blocks * STAGED_THREADS;
-  s.launch(blocks, STAGED_THREADS, [&](const HostThread& thread, char*) {
+  const int64_t blocks = normals_blocks(count, s.device()), threads = blocks * STAGED_THREADS;
+  s.launch(blocks, STAGED_THREADS, 0, [&](const HostThread& thread, char*) {
     type == F64 ? normals_pairs<double>(thread, to, type, first, count, seed, ordinal, tag, threads)
                 : normals_pairs<float>(thread, to, type, first, count, seed, ordinal, tag, threads);
   });
@@ -189,4 +201,8 @@ extern "C" __attribute__((visibility("default"))) void simulated_device(uint64_t
 }
 extern "C" __attribute__((visibility("default"))) uint64_t simulated_count(int counter) {
   return pyguide::simulator().counters[counter];
+}
+extern "C" __attribute__((visibility("default"))) int64_t simulated_parts(int64_t batch, int64_t elements, int64_t tile,
+                                                                          int64_t resident) {
+  return pyguide::parts_of(batch, elements, tile, resident);
 }
