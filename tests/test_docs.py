@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def blocks(name: str) -> list[str]:
+    """What is fenced as python; what needs a GPU is fenced as py."""
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 

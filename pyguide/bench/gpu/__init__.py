@@ -15,8 +15,6 @@ from ..step import Mismatch
 from .setup import Setup
 
 Rows = list[dict[str, Any]]
-SOLVERS = ("dpmpp_2m", "ddim", "unipc")  # the first is the one that peers are compared with
-DTYPES = ("float32", "float16", "bfloat16")
 NOISY = "euler_ancestral"  # with the noise drawn in the kernel
 WRONG = "Wrong: "
 BOTH = ("buffers", "expand")  # the formulations of torch.compile that were ever the fastest
@@ -27,6 +25,7 @@ def parts(setup: Setup) -> list[tuple[str, Callable[[], Rows]]]:
     from . import counts, end_to_end, kernels, loops
 
     sizes, found = setup.sizes, []
+    (solver, *others), (dtype, *narrow) = sizes.solvers, sizes.dtypes
 
     def add(name: str, function: Callable[..., Rows], *arguments: Any, **options: Any) -> None:
         found.append((name, lambda: function(*arguments, **options)))
@@ -40,28 +39,29 @@ def parts(setup: Setup) -> list[tuple[str, Callable[[], Rows]]]:
         for captured in (False, True) if setup.on_gpu else (False,):
             add(f"counts {backend}", counts.measured, backend, setup, captured=captured)
     for shape in sizes.small:
-        add(f"host time {'x'.join(map(str, shape))}", loops.measured, SOLVERS[0], shape, DTYPES[0], setup)
-        for solver in SOLVERS:
-            kernel("replay", solver, shape, DTYPES[0], *(BOTH if solver == SOLVERS[0] else ()))
+        add(f"host time {'x'.join(map(str, shape))}", loops.measured, solver, shape, dtype, setup)
+        kernel("replay", solver, shape, dtype, *BOTH)
+        for other in others:
+            kernel("replay", other, shape, dtype)
     first, *larger = sizes.large
-    for dtype in DTYPES:
-        kernel("throughput", SOLVERS[0], first, dtype, *BOTH)
+    for each in sizes.dtypes:
+        kernel("throughput", solver, first, each, *BOTH)
     for form in end_to_end.forms(setup):
         add(f"end to end digits{form}", end_to_end.measured, "digits", setup, form=form)
     add("end to end unet", end_to_end.measured, "unet", setup, form="")
-    for solver in SOLVERS[1:]:
-        kernel("throughput", solver, first, DTYPES[0], BOTH[0])
+    for other in others:
+        kernel("throughput", other, first, dtype, BOTH[0])
     for shape in larger:
-        kernel("throughput", SOLVERS[0], shape, DTYPES[0], BOTH[0])
+        kernel("throughput", solver, shape, dtype, BOTH[0])
     for form in list(end_to_end.forms(setup))[1:]:
         add(f"end to end unet{form}", end_to_end.measured, "unet", setup, form=form)
-    for solver in SOLVERS[1:]:
-        for dtype in DTYPES[1:]:
-            kernel("throughput", solver, first, dtype)
-    kernel("throughput", NOISY, first, DTYPES[0])
-    kernel("replay", NOISY, sizes.small[0], DTYPES[0])
+    for other in others:
+        for each in narrow:
+            kernel("throughput", other, first, each)
+    kernel("throughput", NOISY, first, dtype)
+    kernel("replay", NOISY, sizes.small[0], dtype)
     for shape in sizes.small:
-        kernel("replay", SOLVERS[0], shape, DTYPES[2])
+        kernel("replay", solver, shape, narrow[-1])
     return found
 
 

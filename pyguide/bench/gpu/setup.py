@@ -26,6 +26,8 @@ class Sizes:
     end_steps: int
     counted_steps: tuple[int, int]  # of two runs: what the longer one has more of is counted
     unet: Shape
+    solvers: tuple[str, ...] = ("dpmpp_2m", "ddim", "unipc")  # the first is the one that peers are compared with
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # of model inputs and outputs
 
 
 FULL = Sizes(
@@ -41,12 +43,14 @@ FULL = Sizes(
 TINY = Sizes(
     small=((1, 4, 4, 4),),
     large=((1, 4, 4, 8),),
-    replay_steps=6,
-    throughput_steps=6,
-    host_steps=6,
+    replay_steps=5,
+    throughput_steps=5,
+    host_steps=5,
     end_steps=4,
-    counted_steps=(4, 6),
+    counted_steps=(2, 3),
     unet=(1, 4, 16, 16),
+    solvers=("dpmpp_2m", "unipc"),
+    dtypes=("float32", "bfloat16"),
 )
 
 
