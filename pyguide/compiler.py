@@ -15,11 +15,12 @@ from .plan import Plan
 from .prediction import check_prediction, conversion
 from .realize import Realization, realize
 from .solvers.registry import ArrayModel, Solver, clip_bounds, prepare
-from .trace import Trace, TraceError, trace
+from .trace import LearnedVariance, Trace, TraceError, trace
 
 MAGNITUDES = (1e-2, 1.0, 1e2)  # of the replayed states: a clamp or a branch on values shows at one of them
 LIMIT = 1e-9  # of the residual
 REPLAY = 1e-8  # of the replay, where rounding grows with the solver's state; what a trace cannot see is far above it
+ALMOST_ZERO = -(2.0**-126)  # var_lo of a row that learns log Sigma = 0: var_lo = var_hi = 0 says that it learns nothing
 GROWTH = 1e3  # of a state over what it starts from: above, it is the first thing that a failed replay is put down to
 
 
@@ -64,6 +65,7 @@ def compile(
         timestep=np.array([level.timestep for level in record.levels]),
         sigma=np.array([level.sigma for level in record.levels]),
         alpha=np.array([level.alpha for level in record.levels]),
+        variance=_variance(record, rows),
         step=_steps(record.levels, path),
         end=(end.alpha, end.sigma),
         slots=rows.T.shape[1],
@@ -79,7 +81,7 @@ def compile(
         names=tuple(tuple(names) for names in rows.names),
     )
     try:
-        error = _replay(plan, rows, function, path, (low, high), options)
+        error = _replay(plan, rows, record, function, (low, high), options)
     except Exception as failure:
         raise TraceError(
             f"{plan.solver}: traced, but run with float64 numpy arrays it raised {type(failure).__name__}: {failure}; "
@@ -120,6 +122,7 @@ def _table(record: Trace, rows: Realization, prediction: str, clip: tuple[float,
         if i < R:
             c_in, timestep = maps[i].c_in, record.levels[i].timestep
         low, high = clip if i and d.any() else (-np.inf, np.inf)
+        var_lo, var_hi = _logarithms(record, i)
         zeros = [0.0] * len(d)
         table.append(
             join_row(
@@ -130,8 +133,8 @@ def _table(record: Trace, rows: Realization, prediction: str, clip: tuple[float,
                     high,
                     c_in,
                     timestep,
-                    0.0,
-                    0.0,
+                    var_lo,
+                    var_hi,
                     T.tolist(),
                     d.tolist(),
                     e.tolist(),
@@ -145,6 +148,27 @@ def _table(record: Trace, rows: Realization, prediction: str, clip: tuple[float,
         if not np.isfinite(np.delete(row, CLIP)).all():
             raise CertificateError(f"row {i}: a coefficient is not finite: {row}")
     return out
+
+
+def _logarithms(record: Trace, i: int) -> tuple[float, float]:
+    """(var_lo, var_hi) of a row; both 0 where its variance is not learned."""
+    variance = record.variances.get(i)
+    if not isinstance(variance, LearnedVariance):
+        return 0.0, 0.0
+    return variance.low if variance.low or variance.high else ALMOST_ZERO, variance.high
+
+
+def _variance(record: Trace, rows: Realization) -> Floats:
+    """Sigma of rows 1 .. R: as the solver states it (`Output.gaussian`), 1 where it is learned.
+
+    A solver that states none is Gaussian in every row if x is its only state and each step one evaluation: n^2.
+    """
+    R = len(record.inputs)
+    if not record.variances:
+        gaussian = rows.T.shape[1] == 1 and record.path.steps == R
+        return rows.n[1:, 0] ** 2 if gaussian else np.full(R, np.nan)
+    stated = [record.variances.get(i, np.nan) for i in range(1, R + 1)]
+    return np.array([1.0 if isinstance(variance, LearnedVariance) else variance for variance in stated])
 
 
 def _steps(levels: list[Level], path: NoisePath) -> np.ndarray:
@@ -180,15 +204,18 @@ def _steps(levels: list[Level], path: NoisePath) -> np.ndarray:
 def _replay(
     plan: Plan,
     rows: Realization,
+    record: Trace,
     function: Callable[..., Any],
-    path: NoisePath,
     clip: tuple[float, float],
     options: dict[str, Any],
 ) -> float:
     """Largest relative distance between the table and the solver itself, in float64, with a random network.
 
-    Each of the states has its own magnitude; edits are made in place, as a caller's would be.
+    Each of the states has its own magnitude; edits are made in place, as a caller's would be. A network of a learned
+    plan has random variance channels. A plan of one slot has its stated variances too, by a gradient g of magnitude
+    1/sigma that shifts the means by Sigma g, as classifier guidance does: the last row adds no noise.
     """
+    path = record.path
     rng = np.random.default_rng(0)
     size = 16
     magnitude = np.repeat(np.array(MAGNITUDES), size)
@@ -199,11 +226,23 @@ def _replay(
     )
 
     def network(x: Floats, t: Any) -> Floats:
-        return np.asarray(magnitude * np.tanh(bend * x / magnitude + shift * np.sin(np.mean(t) / 100) + bias))
+        out = np.asarray(magnitude * np.tanh(bend * x / magnitude + shift * np.sin(np.mean(t) / 100) + bias))
+        if not plan.learned_variance:
+            return out
+        v = np.cos(3 * bias + np.mean(t))  # not of x: noise that it scales would make a long run chaotic
+        return np.concatenate([out, like_x(v)], axis=1)
 
-    start = rng.standard_normal(len(magnitude)) * magnitude * path.init_scale
+    def like_x(values: Floats) -> Floats:
+        """[1, C], with channels, where a network returns twice as many."""
+        return values[None] if plan.learned_variance else values
+
+    start = like_x(rng.standard_normal(len(magnitude)) * magnitude * path.init_scale)
     edits = rng.standard_normal((plan.evaluations, len(magnitude))) * magnitude * (0.1 if plan.editable else 0.0)
     draws: list[tuple[int, Floats]] = []  # (row, z) in the order of drawing
+    shifted = record.variances if plan.slots == 1 else {}
+
+    def gradient(evaluation: int) -> Floats:
+        return like_x(np.cos(np.arange(len(magnitude)) + evaluation) * magnitude / plan.sigma[evaluation])
 
     def solve() -> list[Floats]:
         """The solver's model inputs and its result."""
@@ -214,10 +253,18 @@ def _replay(
                 x += edits[row]
             states.append(x.copy())
 
-        model = ArrayModel(network, path, plan.prediction, clip, before=edit)
+        model = ArrayModel(
+            network,
+            path,
+            plan.prediction,
+            clip,
+            before=edit,
+            learned=plan.learned_variance,
+            gradient=gradient if shifted else None,
+        )
 
         def noise(step: int = 0) -> Floats:
-            draws.append((model.evaluations, rng.standard_normal(len(magnitude)) * magnitude))
+            draws.append((model.evaluations, like_x(rng.standard_normal(len(magnitude)) * magnitude)))
             return draws[-1][1].copy()
 
         result = function(model, start.copy(), path.drawing(noise), noise=noise, **options)
@@ -226,16 +273,23 @@ def _replay(
     def run() -> list[Floats]:
         """The same of the table."""
         states: list[Floats] = []
-        slots: list[Any] = [start.copy()] + [np.full(len(magnitude), np.nan)] * (plan.slots - 1)
+        slots: list[Any] = [start.copy()] + [np.full_like(start, np.nan)] * (plan.slots - 1)
         weights = Weights([1.0], None, [0.0] * plan.slots, [[0.0]] * plan.slots, [])
-        output, drawn = None, {i: [z for _, z in group] for i, group in itertools.groupby(draws, lambda draw: draw[0])}
+        output = v = None
+        drawn = {i: [z for _, z in group] for i, group in itertools.groupby(draws, lambda draw: draw[0])}
         for i, row in enumerate(plan.rows):
             z = np.tensordot(rows.draws[i], np.array(drawn[i]), 1) if any(row.n) else None
-            slots = reference.step(row, slots, [output], weights if i else None, noise=z).slots
+            g = None
+            if i in shifted:
+                row, g = row._replace(q=[float(plan.variance[i - 1])]), gradient(i - 1)
+            operands: dict[str, Any] = {"noise": z, "gradient": g, "variance": v}
+            slots = reference.step(row, slots, [output], weights if i else None, **operands).slots
             if i < plan.evaluations:
                 if plan.editable:
                     slots[0] = slots[0] + edits[i]
                 output = network(slots[0] * row.c_in, row.timestep)
+                if plan.learned_variance:
+                    output, v = np.split(output, 2, axis=1)
             states.append(slots[0])
         return states
 

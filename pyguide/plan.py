@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from .layout import CLIP, HEAD, MAX_SLOTS, TIMESTEP, Row, row_width, split_row
 from .path import Floats, Level
 
-FORMAT = 1
-_ARRAYS = ("timestep", "sigma", "alpha", "step", "table")
+FORMAT = 2
+_ARRAYS = ("timestep", "sigma", "alpha", "step", "variance", "table")
 _SCALARS: dict[str, Any] = {
     "slots": int,
     "steps": int,
@@ -43,6 +43,7 @@ class Plan:
     timestep: Floats  # [R] what the model is told
     sigma: Floats  # [R] noise standard deviation of the model's inputs
     alpha: Floats  # [R] their signal coefficient
+    variance: Floats  # [R] Sigma of the Gaussian that row i + 1 draws x from; 1: learned, in the row; NaN: no Gaussian
     step: NDArray[np.int64]  # [R] the solver step that each evaluation belongs to
     end: tuple[float, float]  # (alpha, sigma) of the result
     slots: int  # M
@@ -61,6 +62,8 @@ class Plan:
     def __post_init__(self) -> None:
         for name in _ARRAYS:
             array = np.array(getattr(self, name), np.int64 if name == "step" else np.float64)
+            if name == "variance":
+                array[np.isnan(array)] = np.nan  # one NaN: plans are compared by their bits
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         _validate(self)
@@ -79,6 +82,12 @@ class Plan:
     def stochastic_rows(self) -> tuple[int, ...]:
         """The rows that add noise, in order; `noises` and generators are drawn from once for each."""
         return tuple(i for i, row in enumerate(self.rows) if any(row.n))
+
+    @cached_property
+    def learned_variance(self) -> bool:
+        """Whether the model returns 2C channels, the second C of them v: Sigma of a row is then its own
+        exp(var_lo + (var_hi - var_lo) (v + 1) / 2)."""
+        return any(_learned(row) for row in self.rows)
 
     def level(self, index: int) -> Level:
         """The noise level of the input of evaluation `index`; index R is the result."""
@@ -120,7 +129,7 @@ class Plan:
 
     # ---- JSON -------------------------------------------------------------------------------------------------
     def to_json(self) -> str:
-        """The whole plan; numbers survive exactly, infinities are the strings "inf" and "-inf"."""
+        """The whole plan; numbers survive exactly, what is not finite is one of the strings "inf", "-inf" and "nan"."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in _ARRAYS:
             values[name] = _plain(values[name].tolist())
@@ -180,9 +189,12 @@ class Plan:
                 clean = _sum([(row.a_x, "x"), (row.a_g, "G")])
                 clipped = math.isfinite(row.clip_lo) or math.isfinite(row.clip_hi)
                 parts.append(f"D = clip({clean}, {row.clip_lo:g}, {row.clip_hi:g})" if clipped else f"D = {clean}")
+            z, g = ("sqrt(Sig) z", "Sig g") if _learned(row) else ("z", "g")
+            if _learned(row):
+                parts.append(f"log Sig = {row.var_lo:.5g} {row.var_hi - row.var_lo:+.5g} (v + 1)/2")
             for r in range(self.slots):
                 terms = [(row.T[r][c], f"s{c}" if c else "x") for c in range(self.slots)]
-                terms += [(row.d[r], "D"), (row.e[r], "U"), (row.n[r], "z"), (row.q[r], "g")]
+                terms += [(row.d[r], "D"), (row.e[r], "U"), (row.n[r], z), (row.q[r], g)]
                 if terms[r][0] == 1 and sum(c != 0 for c, _ in terms) == 1:
                     continue  # the slot keeps its value
                 if any(c != 0 for c, _ in terms):
@@ -191,6 +203,10 @@ class Plan:
                     parts.append(f"{name}{f' [{held}]' if held else ''} = {_sum(terms)}")
             lines.append(f"{head}  |  {';  '.join(parts) or 'x = x'}")
         return lines
+
+
+def _learned(row: Row) -> bool:
+    return row.var_lo != 0 or row.var_hi != 0
 
 
 def _sum(terms: Sequence[tuple[float, str]]) -> str:
@@ -217,7 +233,7 @@ def _validate(plan: Plan) -> None:
         raise ValueError(f"slots: expected 1 to {MAX_SLOTS}, got {M}")
     if R < 1:
         raise ValueError("timestep: a plan has at least one evaluation, got none")
-    for name, shape in (("table", (R + 1, row_width(M))), ("sigma", (R,)), ("alpha", (R,)), ("step", (R,))):
+    for name, shape in (("table", (R + 1, row_width(M))), *((name, (R,)) for name in _ARRAYS[1:-1])):
         if getattr(plan, name).shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {getattr(plan, name).shape}")
     if len(plan.end) != 2 or not np.isfinite(plan.end).all():
@@ -229,6 +245,8 @@ def _validate(plan: Plan) -> None:
     for name in ("timestep", "sigma", "alpha", "init_scale", "residual", "replay_error"):
         if not np.isfinite(getattr(plan, name)).all():
             raise ValueError(f"{name}: every value must be finite, got {getattr(plan, name)}")
+    if np.isinf(plan.variance).any() or (plan.variance < 0).any():
+        raise ValueError(f"variance: expected values >= 0 and finite, or NaN where a row has none, got {plan.variance}")
     if plan.names and (len(plan.names) != R + 1 or any(len(row) != M for row in plan.names)):
         raise ValueError(f"names: expected {R + 1} rows of {M} names, got {plan.names}")
     if (plan.table[:R, TIMESTEP] != plan.timestep).any():
@@ -243,6 +261,11 @@ def _validate(plan: Plan) -> None:
         raise ValueError("table: row 0 runs before any evaluation and cannot read a model output")
     written = {0}
     for i, row in enumerate(plan.rows):
+        if _learned(row) and not (i and plan.variance[i - 1] == 1):
+            raise ValueError(
+                f"variance: row {i} learns its own, log Sig {row.var_lo} to {row.var_hi}; expected 1 beside it, got "
+                f"{plan.variance[i - 1] if i else 'none: row 0 runs before any evaluation'}"
+            )
         read = {c for r in range(M) for c in range(M) if row.T[r][c] != 0}
         if not read <= written:
             raise ValueError(f"table: row {i} reads slot {min(read - written)}, which no row before it has written")

@@ -10,6 +10,7 @@ A form refuses whatever is not linear; the error names the operation and the row
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from .checks import as_float, number
 from .path import Floats, Level, NoisePath
 
 KEPT = 16  # live values that are looked at per row, the newest: a solver that keeps all of them stays linear in R
@@ -235,17 +237,47 @@ def _scalar(form: Form, value: object, name: str) -> float:
     return number
 
 
+@dataclass(frozen=True)
+class LearnedVariance:
+    """A variance that the model chooses: log Sigma = low + (high - low) (v + 1) / 2, v its further C channels.
+
+    low, high: logarithms, finite; (-1, 1) makes v log Sigma itself. Source: Nichol, Dhariwal 2021, eq. 15.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("low", self.low), ("high", self.high)):
+            if not math.isfinite(as_float(value)):
+                raise ValueError(f"{name}: expected the logarithm of a variance, got {value!r}")
+            object.__setattr__(self, name, as_float(value))
+
+
+Variance = float | LearnedVariance
+
+
 class Output:
     """What model(x, level) returns inside a solver: .denoised is D (clipped), .noise is E, taken before the clip."""
 
-    __slots__ = ("_noise", "denoised")
+    __slots__ = ("_gaussian", "_noise", "denoised")
 
-    def __init__(self, denoised: Any, noise: Callable[[], Any]) -> None:
-        self.denoised, self._noise = denoised, noise
+    def __init__(self, denoised: Any, noise: Callable[[], Any], gaussian: Callable[[Any, Variance, Any], Any]) -> None:
+        self.denoised, self._noise, self._gaussian = denoised, noise, gaussian
 
     @property
     def noise(self) -> Any:
         return self._noise()
+
+    def gaussian(self, mean: Any, variance: Variance, z: Any) -> Any:
+        """x' ~ N(mean, Sigma), the state of the next evaluation or the result: mean + sqrt(Sigma) z.
+
+        variance: Sigma, a number >= 0 or LearnedVariance. z: noise(i); None: the mean, and Sigma serves classifier
+        guidance alone, which shifts it by Sigma grad log p(y | x).
+        """
+        if not isinstance(variance, LearnedVariance):
+            variance = number("variance", variance, or_else=" or LearnedVariance(low, high)")
+        return self._gaussian(mean, variance, z)
 
 
 @dataclass
@@ -266,6 +298,8 @@ class Trace:
         self.known: list[int] = []  # [R] atoms known when evaluation i is called, its edit included
         self.levels: list[Level] = []
         self.live: list[list[Live]] = []
+        self.variances: dict[int, Variance] = {}  # Sigma of the rows that end in a gaussian
+        self.drawn: dict[int, Floats] = {}  # the forms that these draw
         self.result: Floats
         self._forms: weakref.WeakValueDictionary[int, Form] = weakref.WeakValueDictionary()
         self._serial = 0
@@ -301,20 +335,46 @@ class Trace:
         alive = [form for form in self._forms.values() if form is not x]  # in the order of creation
         self.live.append([Live(form.serial, form.vector) for form in alive[-KEPT:]])
         self.levels.append(here)
-        vector = x.vector
-        row = self.row
+        vector, row = x.vector, self.row
         self.inputs.append(vector)
         self.atoms.append(("D", row))
-        denoised = Form(self, _unit(len(self.atoms)))
+        denoised, gaussian = Form(self, _unit(len(self.atoms))), functools.partial(self._gaussian, row)
         if not self.clipped:
             # E of the input as it was, whatever the solver does with its variable meanwhile
-            return Output(denoised, lambda: (Form(self, vector) - denoised * here.alpha) / here.sigma)
+            return Output(denoised, lambda: (Form(self, vector) - denoised * here.alpha) / here.sigma, gaussian)
         self.atoms.append(("E", row))
         noise = Form(self, _unit(len(self.atoms)))
-        return Output(denoised, lambda: noise)
+        return Output(denoised, lambda: noise, gaussian)
 
     def noise(self, step: int = 0) -> Form:
         return self.atom("z")
+
+    def _gaussian(self, evaluation: int, mean: Any, variance: Variance, z: Any) -> Form:
+        """Records row evaluation + 1. A learned sqrt(Sigma) belongs to the row: z itself is in the form then."""
+        row = self.row
+        if row != evaluation + 1 or row in self.drawn:
+            raise TraceError(f"row {row}: a row has one gaussian, made of the evaluation before it; got another")
+        if not isinstance(mean, Form) or not (z is None or isinstance(z, Form)):
+            kind = type(z if isinstance(mean, Form) else mean).__name__
+            raise TraceError(f"row {row}: gaussian needs a state as mean and noise(i) or None as z, got {kind}")
+        draws = [j for j in range(self.known[-1], len(self.atoms)) if self.atoms[j][0] == "z"]
+        if z is not None and not any(np.array_equal(z.vector, _unit(j + 1)) for j in draws):
+            raise TraceError(f"row {row}: the z of a gaussian is noise(i), drawn in this row and as it was drawn")
+        if any(mean.vector[j : j + 1].any() for j in draws):
+            raise TraceError(f"row {row}: the mean of a gaussian holds noise of this row, besides its variance")
+        size = 1.0 if isinstance(variance, LearnedVariance) else math.sqrt(variance)
+        x = mean if z is None else mean + z * size
+        self.variances[row], self.drawn[row] = variance, x.vector
+        return x
+
+    def check_drawn(self) -> None:
+        """TraceError if what a gaussian drew is not what the next evaluation sees (before an edit), or the result."""
+        for row, vector in self.drawn.items():
+            form, size, stop = self.result, len(vector), None
+            if row < len(self.inputs):
+                form, stop = self.inputs[row], self.known[row] - self.editable
+            if not np.array_equal(form[:size], vector) or form[size:stop].any():
+                raise TraceError(f"row {row}: what a gaussian draws is the state of the next evaluation, or the result")
 
 
 def _unit(length: int) -> Floats:
@@ -335,4 +395,5 @@ def trace(
     if not record.inputs:
         raise TraceError("a solver must call model(x, level) at least once")
     record.result = result.vector
+    record.check_drawn()
     return record

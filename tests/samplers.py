@@ -198,6 +198,9 @@ class Output:
     def __init__(self, denoised: Any, noise: Any) -> None:
         self.denoised, self.noise = denoised, noise
 
+    def gaussian(self, mean: Any, variance: float, z: Any) -> Any:
+        return mean if z is None else mean + np.sqrt(variance) * z
+
 
 @dataclass
 class Run:

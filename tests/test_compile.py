@@ -180,6 +180,20 @@ def test_no_noise_no_n_and_unused_heads() -> None:
         assert (rows[-1].head[4:6] == 0).all()  # the last row makes no model input
 
 
+def test_variances_of_plans_that_state_none() -> None:
+    """n^2 if x is all there is and each evaluation is a step, NaN otherwise. DDIM's at eta 1 (Song et al. 2021, eq. 16)
+    is the posterior variance of DDPM, which states it."""
+    path = path_of("linear-leading")
+    for solver, options in (("ddim", {"eta": 0.5}), ("ddim", {}), ("euler_ancestral", {})):
+        plan = pyguide.compile(solver, path, **options)
+        assert plan.variance.tolist() == [row.n[0] ** 2 for row in table_rows(plan)[1:]]
+        assert not plan.learned_variance
+    ddpm = pyguide.compile("ddpm", path).variance
+    np.testing.assert_allclose(pyguide.compile("ddim", path, eta=1.0).variance, ddpm, rtol=1e-12)
+    for solver in ("heun", "unipc", "dpmpp_2m_sde", "dpmpp_sde"):
+        assert np.isnan(pyguide.compile(solver, path).variance).all()
+
+
 def test_table_head_holds_clip_and_input_scale() -> None:
     path = path_of("edm")
     plan = pyguide.compile("dpmpp_2m", path, prediction="edm", clip=(-0.5, 2.0))

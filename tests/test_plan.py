@@ -23,7 +23,7 @@ def make(solver: str = "unipc", path: str = "scaled-leading", **options: Any) ->
     return pyguide.compile(solver, path_of(path), **({"prediction": "v", "clip": 1.0} | options))
 
 
-FIELDS = ("timestep", "sigma", "alpha", "step", "table")
+FIELDS = ("timestep", "sigma", "alpha", "step", "variance", "table")
 
 
 def assert_same(a: Plan, b: Plan) -> None:
@@ -44,12 +44,14 @@ def test_interface() -> None:
     path = path_of("scaled-leading")
     plan = make()
     R, M = 7, 3
-    assert (plan.evaluations, plan.slots, plan.steps, plan.format) == (R, M, 7, 1)
+    assert (plan.evaluations, plan.slots, plan.steps, plan.format) == (R, M, 7, 2)
     assert plan.table.shape == (R + 1, 8 + M * M + 4 * M)
     assert plan.table.dtype == np.float64
     for name, expected in (("timestep", path.timestep), ("sigma", path.sigma[:-1]), ("alpha", path.alpha[:-1])):
         np.testing.assert_array_equal(getattr(plan, name), expected)
     np.testing.assert_array_equal(plan.step, np.arange(7))
+    assert np.isnan(plan.variance).all()  # of order 2: its rows are no Gaussian transitions
+    assert plan.learned_variance is False
     assert plan.end == (1, 0)
     assert (plan.solver, plan.prediction, plan.editable, plan.train_steps) == ("unipc", "v", False, 1000)
     assert 0 <= plan.residual <= 1e-12
@@ -104,6 +106,7 @@ def test_equality_and_hash_are_by_value() -> None:
     table = plan.table.copy()
     table[3, 8] = np.nextafter(table[3, 8], 2)
     others.append(replace(plan, table=table))
+    others.append(replace(plan, variance=np.zeros(7)))
     assert len({plan, *others}) == 1 + len(others)
     assert all(plan != other for other in others)
     assert plan != "plan"
@@ -126,6 +129,19 @@ def test_json_and_pickle_are_exact(case: Any, path: str) -> None:
         assert_same(plan, again)
         with pytest.raises(ValueError, match=r"read-only"):
             again.table[0, 0] = 1
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned", "learned_range"])
+def test_a_plan_with_its_variance_is_a_value(variance: str) -> None:
+    plan = make("ddpm", variance=variance)
+    assert plan.learned_variance == variance.startswith("learned")
+    for again in (Plan.from_json(plan.to_json()), pickle.loads(pickle.dumps(plan)), make("ddpm", variance=variance)):
+        assert_same(again, plan)
+        assert again.learned_variance == plan.learned_variance
+    assert len({make("ddpm", variance=other) for other in ("small", "large", "learned", "learned_range")}) == 4
+    if not plan.learned_variance:
+        assert replace(plan, variance=plan.variance * (1 + 1e-15)) != plan
+        assert replace(plan, variance=np.full(7, np.nan)) == replace(plan, variance=np.full(7, -np.nan))
 
 
 # ---- JSON from elsewhere ---------------------------------------------------------------------------------------------
@@ -169,8 +185,8 @@ def test_json_fields() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format 1, got format 2"),
-        ({"format": "1"}, "format"),
+        ({"format": 1}, "format 2, got format 1"),
+        ({"format": "2"}, "format"),
         ({"slots": 2}, "table: expected shape"),
         ({"slots": 0}, "slots: expected 1 to 8"),
         ({"slots": 9}, "slots: expected 1 to 8"),
@@ -187,6 +203,17 @@ def test_json_fields() -> None:
         ({"sigma": lambda s: ["inf", *s[1:]]}, "sigma: every value must be finite"),
         ({"alpha": lambda s: ["nan", *s[1:]]}, "alpha: every value must be finite"),
         ({"alpha": lambda s: [math.nan, *s[1:]]}, "alpha: every value must be finite"),
+        ({"variance": lambda v: v[1:]}, "variance: expected shape"),
+        ({"variance": lambda v: [[c] for c in v]}, "variance: expected shape"),
+        ({"variance": lambda v: [*v[1:], -1e-9]}, "variance: expected values >= 0"),
+        ({"variance": lambda v: ["inf", *v[1:]]}, "variance: expected values >= 0"),
+        ({"variance": lambda v: ["-inf", *v[1:]]}, "variance: expected values >= 0"),
+        ({"variance": lambda v: [None, *v[1:]]}, "malformed"),
+        ({"table": in_table(2, 6, -1.0)}, "variance: row 2 learns its own, log Sig -1.0 to 0.0; expected 1 beside it"),
+        ({"table": in_table(2, 7, 1.0)}, "variance: row 2 learns its own"),
+        ({"table": in_table(0, 7, -1.0)}, "got none: row 0 runs before any evaluation"),
+        ({"table": in_table(2, 6, "nan")}, "table: row 2"),
+        ({"table": in_table(2, 7, "-inf")}, "table: row 2"),
         ({"timestep": []}, "at least one evaluation"),
         ({"timestep": lambda s: [s[0] + 1, *s[1:]]}, "timestep: expected those of the table"),
         ({"table": lambda t: t[1:]}, "table: expected shape"),
@@ -221,6 +248,14 @@ def test_malformed_json_is_refused(changes: dict[str, Any], message: str) -> Non
         Plan.from_json(broken(**changes))
 
 
+def test_rows_and_variances_agree_on_what_is_learned() -> None:
+    values = json.loads(make("ddpm", variance="learned_range").to_json())
+    for other in (0.5, 0.0, "nan"):
+        changed = values | {"variance": [*values["variance"][:3], other, *values["variance"][4:]]}
+        with pytest.raises(ValueError, match=r"^variance: row 4 learns its own, log Sig .*; expected 1 beside it, got"):
+            Plan.from_json(json.dumps(changed))
+
+
 def test_the_unbroken_one_passes() -> None:
     assert_same(Plan.from_json(broken()), make("ddim", eta=0.5))
 
@@ -248,6 +283,17 @@ def test_print(case: Any) -> None:
                         assert f"{value:+.5g}".lstrip("+") in line
         assert ("clip(" in line) == (i > 0)
         assert (" z" in line) == bool(row.n.any())
+
+
+def test_printing_of_a_learned_variance() -> None:
+    plan = make("ddpm", variance="learned_range")
+    for i, (line, row) in enumerate(zip(str(plan).splitlines()[1:], plan.rows, strict=True)):
+        assert ("sqrt(Sig) z" in line) == (0 < i < 7)
+        assert (f"log Sig = {row.var_lo:.5g} {row.var_hi - row.var_lo:+.5g} (v + 1)/2;" in line) == (i > 0)
+    guided = plan.table.copy()
+    guided[1:, -1] = 1.0  # q
+    assert all("Sig g" in line for line in str(replace(plan, table=guided)).splitlines()[2:])
+    assert "Sig" not in str(make("ddpm"))
 
 
 # ---- shared between threads ------------------------------------------------------------------------------------------

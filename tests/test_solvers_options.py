@@ -103,7 +103,7 @@ RANGES = [
     *((name, "order", "an integer from 1 to 4", (0, 5)) for name in ("lms", "ipndm")),
     ("sa_solver", "predictor_order", "an integer from 1 to 4", (0, 5, 1.5)),
     ("sa_solver", "corrector_order", "an integer from 0 to 4", (-1, 5, 1.5)),
-    ("ddpm", "variance", '"small" or "large"', ("learned",)),
+    ("ddpm", "variance", '"small", "large", "learned" or "learned_range"', ("fixed_small", "learned_log")),
     ("dpm_solver_3s", "inner", '"midpoint" or "grid"', ("half",)),
     *((name, "solver_type", '"midpoint" or "heun"', ("bh1",)) for name in ("dpmpp_2s", "dpm_solver_2m", "dpmpp_3m")),
     ("unipc", "solver_type", '"bh1" or "bh2"', ("bh3", "midpoint")),

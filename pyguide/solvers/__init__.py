@@ -2,7 +2,8 @@
 
 A solver is `f(model, x, path, *, noise, **options) -> x`:
 
-    model(x, level)  .denoised: D, clipped if a clip was asked for; .noise: E = (x - alpha D) / sigma before the clip
+    model(x, level)  .denoised: D, clipped if a clip was asked for; .noise: E = (x - alpha D) / sigma before the clip;
+                     .gaussian(mean, variance, z): mean + sqrt(variance) z, of a step that draws from a Gaussian
     path             alpha, sigma, lam = log(alpha / sigma) [N+1] in float64; steps = N; at(lam) and at_timestep(t)
                      between grid points; brownian(s, s') for noise that several draws of one step share
     noise(i)         a fresh standard normal array, drawn in step i
@@ -17,9 +18,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from ..trace import LearnedVariance
 from .registry import alias, entry, names, resolve, sample, solver
 
 for _module in pkgutil.iter_modules(__path__):  # each module registers its functions on import
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["alias", "entry", "names", "resolve", "sample", "solver"]
+__all__ = ["LearnedVariance", "alias", "entry", "names", "resolve", "sample", "solver"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from ..path import Level, NoisePath
 from ..prediction import check_prediction, conversion
-from ..reference import clamp, combine
-from ..trace import Output
+from ..reference import clamp, combine, exp
+from ..trace import LearnedVariance, Output, Variance
 from .aliases import Alias
 from .aliases import find as find_alias
 from .kdiffusion import adapt, is_kdiffusion
@@ -163,9 +165,10 @@ def sample(
 ) -> Any:
     """The reference sampler: the solver function itself, run with arrays in the dtype of x.
 
-    model(x, t) -> output, x [B, C, *], t [B]; the output is what `prediction` says. x: the state at the first grid
-    point. noise(i): standard normal array like x, drawn in step i; default: torch's (numpy's) global generator.
-    Returns the state at the end of the path, a new array. Raises ValueError or TypeError naming the argument.
+    model(x, t) -> output, x [B, C, *], t [B]; the output is what `prediction` says, and C more channels where the
+    solver learns its variance (`Output.gaussian`). x: the state at the first grid point. noise(i): standard normal
+    array like x, drawn in step i; default: torch's (numpy's) global generator. Returns the state at the end of the
+    path, a new array. Raises ValueError or TypeError naming the argument.
     """
     run = prepare(solver, path, options)
     if not (x.dtype.kind == "f" if isinstance(x, np.ndarray) else x.is_floating_point()):
@@ -181,13 +184,18 @@ def sample(
         return z
 
     result = run.function(adapted, start, run.path.drawing(checked), noise=checked, **run.options)
+    adapted.settle()
     # numpy promotes float32 arrays by the path's float64 scalars: more accurate in between, the caller's dtype at both
     # ends
     return result.astype(x.dtype, copy=False) if isinstance(result, np.ndarray) else result
 
 
 class ArrayModel:
-    """A network as `model(x, level)`: scales its input, tells it the timestep, converts its prediction."""
+    """A network as `model(x, level)`: scales its input, tells it the timestep, converts its prediction.
+
+    learned: whether the network returns 2C channels, prediction and variance; None: as the first transition asks.
+    gradient(i): g, by which the mean of the transition out of evaluation i is shifted, mean + Sigma g.
+    """
 
     def __init__(
         self,
@@ -197,28 +205,68 @@ class ArrayModel:
         clip: tuple[float, float],
         before: Callable[[int, Any], None] | None = None,
         dtype: Any = None,
+        learned: bool | None = None,
+        gradient: Callable[[int], Any] | None = None,
     ) -> None:
         check_prediction(prediction)
-        self.dtype = dtype
+        self.dtype, self.learned, self.gradient = dtype, learned, gradient
         self.network, self.path, self.prediction, self.clip, self.before = network, path, prediction, clip, before
         self.evaluations = 0
+        self.got: tuple[Any, Any] = ((), ())  # shapes of the last input and output
         self.whole = path.schedule.discrete and bool((path.timestep == np.round(path.timestep)).all())
 
     def __call__(self, x: Any, level: int | Level) -> Output:
+        self.settle()
         here = level if isinstance(level, Level) else self.path.level(level)
         c = conversion(self.prediction, here, self.path.schedule.sigma_data)
         if self.before is not None:
             self.before(self.evaluations, x)
-        self.evaluations += 1
+        evaluation, self.evaluations = self.evaluations, self.evaluations + 1
         told = x if c.c_in == 1 else x * c.c_in
         if isinstance(told, np.ndarray) and self.dtype is not None:
             told = told.astype(self.dtype, copy=False)
         out = self.network(told, _times(here.timestep, self.whole and here.timestep.is_integer(), told))
-        if tuple(out.shape) != tuple(x.shape):
-            raise ValueError(f"model: expected an output of shape {tuple(x.shape)}, got {tuple(out.shape)}")
+        self.got, v = (tuple(x.shape), tuple(out.shape)), None
+        if self.got[1] == _doubled(self.got[0]) and self.learned is not False:
+            out, v = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        elif self.got[1] != self.got[0] or self.learned:
+            self._refuse()
         denoised = clamp(combine([(c.a_x, x), (c.a_m, out)], x), *self.clip)
         noise = combine([(c.e_x, x), (c.e_m, out)], x)
-        return Output(denoised, lambda: noise)
+        return Output(denoised, lambda: noise, functools.partial(self._gaussian, evaluation, v))
+
+    def _gaussian(self, evaluation: int, v: Any, mean: Any, variance: Variance, z: Any) -> Any:
+        """mean + Sigma g + sqrt(Sigma) z, in the dtype of the mean."""
+        deviation: Any
+        if isinstance(variance, LearnedVariance):
+            self.learned = True
+            if v is None:
+                self._refuse()
+            v = v.astype(mean.dtype, copy=False) if isinstance(v, np.ndarray) else v.to(mean.dtype)
+            deviation = exp((v + 1) * (0.25 * (variance.high - variance.low)) + 0.5 * variance.low)
+        else:
+            deviation = math.sqrt(variance)
+        x = mean if z is None else mean + z * deviation
+        return x if self.gradient is None else x + self.gradient(evaluation) * deviation**2
+
+    def settle(self) -> None:
+        """ValueError if the network returns a variance, and the solver has none: it draws before it goes on."""
+        if self.learned is None and self.evaluations:
+            self.learned = False
+            if self.got[1] != self.got[0]:
+                self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        x, got = self.got
+        wanted = f"{x}"
+        if self.learned:
+            wanted = f"{_doubled(x) or '[B, 2C, *]'}, C channels and as many of its learned variance"
+        raise ValueError(f"model: expected an output of shape {wanted}, got {got}")
+
+
+def _doubled(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """[B, 2C, *] for [B, C, *]; None for an array without channels, beside which there is no variance."""
+    return (shape[0], 2 * shape[1], *shape[2:]) if len(shape) > 1 else None
 
 
 def _times(timestep: float, whole: bool, x: Any) -> Any:
