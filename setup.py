@@ -3,7 +3,7 @@
 PYGUIDE_NATIVE=auto (default) builds where a compiler is found and otherwise installs pure Python with the reason in
 pyguide/_build_error.txt; 0 skips it; 1 fails loudly. No torch at build time, never -march=native.
 
-PYGUIDE_CUDA=auto (default) compiles kernels/step.cu where nvcc is found ($CUDA_HOME/bin, PATH, /usr/local/cuda/bin, or
+PYGUIDE_CUDA=auto (default) compiles kernels/*.cu where nvcc is found ($CUDA_HOME/bin, PATH, /usr/local/cuda/bin, or
 the PyPI package) and otherwise keeps the reason in pyguide._C.build["cuda"]; 0 skips it; 1 fails loudly. No GPU and no
 driver is needed, here or to import the result. PYGUIDE_CUDA_ARCHS: compute capabilities to make code for.
 """
@@ -31,6 +31,9 @@ FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibil
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # unread operands stay uninitialised on purpose
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+
+NATIVE_SOURCES = ("bindings", "classifier_grad_bindings", "dispatch")  # of csrc, besides cpu.cpp
+CUDA_SOURCES = ("step", "classifier_grad")  # of kernels
 
 CUDA = os.environ.get("PYGUIDE_CUDA", "auto")
 if CUDA not in ("auto", "0", "1"):
@@ -134,7 +137,7 @@ class Nvcc:
 
 
 class BuildNative(build_ext):
-    """Compiles csrc in parallel, csrc/cpu.cpp once per instruction set with that set's flags, and kernels/step.cu."""
+    """Compiles csrc in parallel, csrc/cpu.cpp once per instruction set with that set's flags, and kernels/*.cu."""
 
     def run(self) -> None:
         note = ROOT / "pyguide" / "_build_error.txt"
@@ -173,7 +176,7 @@ class BuildNative(build_ext):
         version = self.distribution.get_version()
         macros += [("PG_BUILD_FLAGS", f'"{" ".join(FLAGS)} | {described}"'), ("PG_VERSION", f'"{version}"')]
 
-        jobs = [(f"csrc/{name}.cpp", name, macros, openmp) for name in ("bindings", "dispatch")]
+        jobs = [(f"csrc/{name}.cpp", name, macros, openmp) for name in NATIVE_SOURCES]
         jobs += [("csrc/cpu.cpp", name, [("PG_LEVEL", str(list(LEVELS).index(name)))], LEVELS[name]) for name in levels]
 
         def compile_one(job: tuple) -> list[str]:
@@ -197,12 +200,15 @@ class BuildNative(build_ext):
 
         def compile_cuda(nvcc: Nvcc) -> tuple[list[str], list[str]]:
             """Object files, and flags to link them."""
-            to = Path(self.build_temp, "cuda", "step.o")
+            objects = []
             try:
-                nvcc.compile(str(ROOT / "kernels" / "step.cu"), to, compiler)
+                for name in CUDA_SOURCES:
+                    to = Path(self.build_temp, "cuda", f"{name}.o")
+                    nvcc.compile(str(ROOT / "kernels" / f"{name}.cu"), to, compiler)
+                    objects.append(str(to))
             except Exception as error:
                 return without_cuda(error)
-            return [str(to)], [*nvcc.link, "-Wl,--exclude-libs,ALL"]
+            return objects, [*nvcc.link, "-Wl,--exclude-libs,ALL"]
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             try:

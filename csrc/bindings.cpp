@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "classifier_grad_bindings.h"
 #include "launch.h"
 #include "philox.h"
 
@@ -285,6 +286,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("device"), py::arg("stream"), py::arg("ptr"), py::arg("type"), py::arg("count"), py::arg("seed"),
       py::arg("ordinal"), py::arg("tag"), py::arg("first_element") = 0,
       "normals() to a device address, enqueued on `stream`.");
+  m.attr("classifier_grad") =
+      py::reinterpret_steal<py::object>(PyCFunction_NewEx(&classifier_grad_method, nullptr, m.attr("__name__").ptr()));
   m.def("cuda_reason", cuda_reason, "\"\" if this build has kernels for a GPU of this machine, else why not.");
   m.def(
       "philox",

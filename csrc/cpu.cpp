@@ -294,7 +294,12 @@ void normals(void* to, Type type, int64_t first, int64_t count, uint64_t seed, u
 }
 
 }  // namespace
+}  // namespace pyguide
 
-extern const Kernel PG_CAT(kernel_, PG_LEVEL_NAME) = {PG_STRING(PG_ISA), step, normals};
+#include "classifier_grad_cpu.h"  // on Native
+
+namespace pyguide {
+
+extern const Kernel PG_CAT(kernel_, PG_LEVEL_NAME) = {PG_STRING(PG_ISA), step, normals, classifier_grad};
 
 }  // namespace pyguide

@@ -1,5 +1,5 @@
-// Chooses the instruction set at run time and splits a launch over OpenMP threads by (sample, block range). Elementwise
-// work: neither the number of threads nor the split changes a bit.
+// Chooses the instruction set at run time and splits a launch over OpenMP threads: the step by (sample, block range),
+// as it is elementwise, the classifier's gradient by sample. Neither the number of threads nor the split changes a bit.
 #include "cpu.h"
 
 #ifdef _OPENMP
@@ -16,7 +16,7 @@ namespace {
 // 8,100 elements of a DDIM row (2 us), but at 16,000 they save 1 us at best, and where the cores have other work a
 // barrier costs a time slice: 8 ms a row at 16,000 elements with two busy neighbours, against 11 us with one thread.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;
-constexpr int64_t PHILOX_WORK = 4;
+constexpr int64_t PHILOX_WORK = 4, EXP_WORK = 2;
 
 struct Available {
   const Kernel* kernels[3];
@@ -103,6 +103,35 @@ void execute(const StepArgs& args, const int32_t* active, int64_t count, bool re
   }
 #endif
   run_units(kernel, args, active, blocks, 0, units, refresh);
+}
+
+static void run_samples(const Kernel& kernel, const ClassifierGradArgs& args, int64_t first, int64_t last) {
+  for (int64_t b = first; b < last; ++b) {
+    if (kernel.classifier_grad(args, b)) {
+      __atomic_fetch_or(&args.samples[args.first + b].flags, NONFINITE_LOGITS, __ATOMIC_RELAXED);
+    }
+  }
+}
+
+void execute(const ClassifierGradArgs& args) {
+  const Kernel& kernel = *current_kernel();
+#ifdef _OPENMP
+  int64_t threads = args.threads > 0 ? args.threads : omp_get_max_threads();
+  if (args.threads <= 0) {
+    const int64_t paying = args.batch * args.classes * EXP_WORK / ELEMENTS_PER_THREAD;
+    if (threads > paying) threads = paying;
+  }
+  if (threads > args.batch) threads = args.batch;
+  if (threads > 1) {
+#pragma omp parallel num_threads(int(threads))
+    {
+      const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
+      run_samples(kernel, args, args.batch * t / n, args.batch * (t + 1) / n);
+    }
+    return;
+  }
+#endif
+  run_samples(kernel, args, 0, args.batch);
 }
 
 }  // namespace pyguide

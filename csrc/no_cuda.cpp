@@ -1,4 +1,4 @@
-// In place of kernels/step.cu where no nvcc compiled it: every call says why.
+// In place of the .cu files where no nvcc compiled it: every call says why.
 #include <stdexcept>
 
 #include "../kernels/launch.h"
@@ -13,6 +13,7 @@ void cuda_step(const StepArgs&, const Placement&, bool) { throw std::runtime_err
 void cuda_normals(int, void*, void*, Type, int64_t, int64_t, uint64_t, uint32_t, uint32_t) {
   throw std::runtime_error(cuda_reason());
 }
+void cuda_classifier_grad(const ClassifierGradArgs&, int, void*) { throw std::runtime_error(cuda_reason()); }
 std::string cuda_reason() { return std::string("built without CUDA: ") + PG_NO_CUDA; }
 std::string cuda_build() { return std::string("not built: ") + PG_NO_CUDA; }
 std::vector<std::string> cuda_archs() { return {}; }

@@ -37,12 +37,12 @@
 
 namespace pyguide {
 
-constexpr int ABI = 2;
+constexpr int ABI = 3;
 constexpr int MAX_BRANCHES = 16;
 constexpr int MAX_SLOTS = 16;
 
 enum Type : int32_t { F32 = 0, F16 = 1, BF16 = 2, F64 = 3, I64 = 4 };
-enum Flag : int32_t { SEPARATE = 1, NONFINITE = 2 };
+enum Flag : int32_t { SEPARATE = 1, NONFINITE = 2, NONFINITE_LOGITS = 4 };
 
 // Row: head, T[M][M], d[M], e[M], n[M], q[M].
 enum Head { A_X, A_G, CLIP_LO, CLIP_HI, C_IN, TIMESTEP, VAR_LO, VAR_HI, HEAD };

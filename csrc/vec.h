@@ -53,6 +53,13 @@ PG_INLINE Float clamp(const Float& x, const Float& lo, const Float& hi) {
 PG_INLINE Double clamp(const Double& x, const Double& lo, const Double& hi) {
   return {_mm512_min_pd(hi.v, _mm512_max_pd(lo.v, x.v))};
 }
+// q x, and 0 where q is 0, whatever x is
+PG_INLINE Float weighed(const Float& q, const Float& x) {
+  return {_mm512_maskz_mul_ps(_mm512_cmp_ps_mask(q.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), q.v, x.v)};
+}
+PG_INLINE Double weighed(const Double& q, const Double& x) {
+  return {_mm512_maskz_mul_pd(_mm512_cmp_pd_mask(q.v, _mm512_setzero_pd(), _CMP_NEQ_UQ), q.v, x.v)};
+}
 PG_INLINE bool any_nan(const Float& a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 PG_INLINE bool any_nan(const Double& a) { return _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 
@@ -134,6 +141,12 @@ PG_INLINE Float clamp(const Float& x, const Float& lo, const Float& hi) {
 }
 PG_INLINE Double clamp(const Double& x, const Double& lo, const Double& hi) {
   return {_mm256_min_pd(hi.v, _mm256_max_pd(lo.v, x.v))};
+}
+PG_INLINE Float weighed(const Float& q, const Float& x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(q.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), _mm256_mul_ps(q.v, x.v))};
+}
+PG_INLINE Double weighed(const Double& q, const Double& x) {
+  return {_mm256_and_pd(_mm256_cmp_pd(q.v, _mm256_setzero_pd(), _CMP_NEQ_UQ), _mm256_mul_pd(q.v, x.v))};
 }
 PG_INLINE bool any_nan(const Float& a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0; }
 PG_INLINE bool any_nan(const Double& a) { return _mm256_movemask_pd(_mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q)) != 0; }
@@ -297,6 +310,7 @@ PG_WIDE(operator/, (PG_W a, PG_W b), a.v[i] / b.v[i])
 PG_WIDE(fma, (PG_W a, PG_W b, PG_W c), fma(a.v[i], b.v[i], c.v[i]))
 PG_WIDE(sqrt, (PG_W a), sqrt(a.v[i]))
 PG_WIDE(clamp, (PG_W a, PG_W b, PG_W c), clamp(a.v[i], b.v[i], c.v[i]))
+PG_WIDE(weighed, (PG_W a, PG_W b), weighed(a.v[i], b.v[i]))
 PG_WIDE(product_error, (PG_W a, PG_W b, PG_W c), product_error(a.v[i], b.v[i], c.v[i]))
 PG_WIDE(exp_sum, (PG_W a, PG_W b), exp_sum(a.v[i], b.v[i]))
 template <class V, int N>

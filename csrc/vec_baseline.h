@@ -76,6 +76,13 @@ PG_INLINE V clamp(const V& x, const V& lo, const V& hi) {
   r.v = r.v > hi.v ? hi.v : r.v;
   return r;
 }
+template <class V>
+PG_INLINE V weighed(const V& q, const V& x) {
+  const V zero = V::set(0), product = q * x;
+  V r;
+  r.v = q.v != zero.v ? product.v : zero.v;
+  return r;
+}
 PG_INLINE bool any_nan(const Float& a) {
   return a.v[0] != a.v[0] || a.v[1] != a.v[1] || a.v[2] != a.v[2] || a.v[3] != a.v[3];
 }

@@ -4,6 +4,7 @@
 //   index(), count(), block()                of the thread, of threads in its block, of the block
 //   sync()                                   barrier of the block
 //   warp_sync(), warp_or(uint64_t)           of the warp
+//   exchange(x, mask)                        the value of lane ^ mask, a power of two; all of the warp
 //   neighbour(uint32_t)                      the value of lane ^ 1; all of the warp
 //   load(p), load_sample(p), store(p, x)     one value, an ordinary access to global memory
 //   load16(p), store16(p, w), store8(p, w)   bulk: 16 (8) aligned bytes, without a place in L1

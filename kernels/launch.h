@@ -1,9 +1,11 @@
-// The step and the noise on a GPU, as csrc/bindings.cpp sees them: no CUDA header here. kernels/step.cu implements it,
-// csrc/no_cuda.cpp in a build without nvcc, and tests/simulated runs the same kernels on the host.
+// The step, the noise and the classifier's gradient on a GPU, as the bindings in csrc see them: no CUDA header here.
+// kernels/step.cu and classifier_grad.cu implement it, csrc/no_cuda.cpp in a build without nvcc, and tests/simulated
+// runs the same kernels on the host.
 #pragma once
 #include <string>
 #include <vector>
 
+#include "../csrc/classifier_grad.h"
 #include "../csrc/step.h"
 
 namespace pyguide {
@@ -26,6 +28,8 @@ void cuda_step(const StepArgs& args, const Placement& placement, bool refresh);
 // Standard normals of elements [first, first + count) of one sample's stream to `to`, of type F32, F16, BF16 or F64.
 void cuda_normals(int device, void* stream, void* to, Type type, int64_t first, int64_t count, uint64_t seed,
                   uint32_t ordinal, uint32_t tag);
+// The classifier's gradient of a batch; all addresses are the device's.
+void cuda_classifier_grad(const ClassifierGradArgs& args, int device, void* stream);
 
 std::string cuda_reason();              // "" if this build has kernels for a GPU of this machine, else why not
 std::string cuda_build();               // nvcc's version, or why it did not compile

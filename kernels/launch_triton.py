@@ -14,6 +14,7 @@ from typing import Any
 from pyguide import arrays
 from pyguide.extras import require
 
+from .classifier_grad_triton import classifier_grad as classifier_grad
 from .philox_triton import normals_kernel
 from .refresh_triton import refresh_kernel
 from .step_triton import WARPS, step_kernel

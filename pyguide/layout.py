@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ABI = 2  # of the structs below and of csrc/step.h; a mismatch refuses to load
+ABI = 3  # of the structs below and of csrc/step.h; a mismatch refuses to load
 HEAD = 8
 CLIP = slice(2, 4)  # columns of a row that may be infinite: clip_lo and clip_hi
-TIMESTEP = 5  # column of a row
+C_IN, TIMESTEP = 4, 5  # columns of a row
 MAX_SLOTS = 8  # of a plan; the kernel takes 16, which leaves a guidance method its own
 
 SAMPLE = np.dtype(
@@ -32,7 +32,8 @@ SAMPLE = np.dtype(
         ("ticket", "<i4"),  # GPU: blocks of the running launch that have read the row; 0 between launches
     ]
 )
-SEPARATE, NONFINITE = 1, 2  # flags: U has its own weights v; a written x was not finite (set by the kernel)
+# flags: U has its own weights v; set by the kernels: a written x was not finite; a classifier's logit was NaN or +inf
+SEPARATE, NONFINITE, NONFINITE_LOGITS = 1, 2, 4
 
 # domains of the noise, the fourth word of the Philox counter; csrc/philox.h reserves three more
 TAG_INITIAL, TAG_STEP = 0x70796701, 0x70796702

@@ -1,6 +1,7 @@
-"""The step, in plain array arithmetic: the definition that every back end must match, and the fallback.
+"""The step and the classifier's gradient, in plain array arithmetic: the definition that every back end must match, and
+the fallback.
 
-Per element, with the K branch outputs m_k, the slots s_c (s_0 is the noisy x) and standard normal noise z:
+The step. Per element, with the K branch outputs m_k, the slots s_c (s_0 is the noisy x) and standard normal noise z:
 
     G    = sum_k w_k m_k + sum_c o_c s_c
     U    = G, or sum_k v_k m_k where the guidance method keeps a second combination
@@ -11,16 +12,18 @@ Per element, with the K branch outputs m_k, the slots s_c (s_0 is the noisy x) a
     next model input = c_in s'_0
 
 A coefficient that is exactly 0 means "not read": the operand may hold anything, NaN included. Works on numpy arrays and
-on torch tensors, in the dtype of the state. csrc/step.h has the same formula.
+on torch tensors, in the dtype of the state. csrc/step.h has the same formula; `classifier_grad` has its own below.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .arrays import cast, dtype_name, from_numpy
 from .layout import Row, Weights
 
 Array = Any
@@ -106,3 +109,57 @@ def step(
         unused = r > 0 and all(coefficient == 0 for coefficient, _ in terms)
         new.append(old if unused else combine(terms, x))
     return Stepped(new, denoised)
+
+
+def classifier_grad(
+    logits: Array,  # [B, classes], any strides
+    target: Array,  # int [B] or [B, n]: labels, a negative one is none; float [B, classes]: a distribution over classes
+    scale: Array,  # [B]
+) -> tuple[Array, Array]:
+    """scale * d log p(y | x) / d logits [B, classes], and log p(y | x) [B], of a classifier p = softmax(logits):
+
+        labels Y:        log p(y | x) = log sum_{k in Y} p_k    grad_k = scale ([k in Y] p_k / sum_{j in Y} p_j - p_k)
+        distribution q:  log p(y | x) = sum_k q_k log p_k       grad_k = scale (q_k - p_k sum_j q_j)
+
+    Each of the two softmaxes (that over the classes, that over Y) subtracts its own maximum, so that neither overflows
+    nor loses all its terms: any finite logits will do. A label given twice counts once. q need not sum to 1; its zeros
+    are not read, so that a class which cannot be, with a logit of -inf, may stand there. NaN, for that sample only: a
+    logit that is NaN or +inf, a label >= classes, no label at all, or only labels of classes that cannot be.
+
+    Arithmetic: float64 for float64 logits, else float32. grad has the dtype of the logits, log p(y | x) of the scale.
+    Source: the gradient is that of Dhariwal and Nichol 2021 (arXiv:2105.05233), algorithm 1, before the chain rule.
+    """
+    xp: Any = np if isinstance(logits, np.ndarray) else sys.modules["torch"]
+    real = "float64" if dtype_name(logits) == "float64" else "float32"
+    l, s = cast(logits, real), cast(scale, real)  # noqa: E741
+    with np.errstate(invalid="ignore", divide="ignore"):  # numpy's; what is NaN or -inf here is so by definition
+        shifted = l - xp.amax(l, axis=1, keepdims=True)
+        normaliser = xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
+        log_p = shifted - normaliser
+        p = xp.exp(log_p)
+        if "int" in dtype_name(target):
+            member, invalid = members(target, l)
+            nothing = xp.full_like(l, -np.inf)
+            chosen = xp.where(member, shifted, nothing)
+            top = xp.amax(chosen, axis=1, keepdims=True)
+            top = xp.where(invalid[:, None], xp.full_like(top, np.nan), top)
+            inner = xp.exp(xp.where(member, shifted - top, nothing))
+            total = inner.sum(axis=1, keepdims=True)
+            log_prob = (top - normaliser + xp.log(total))[:, 0]
+            grad = inner / total - p
+        else:
+            q = cast(target, real)
+            log_prob = xp.where(q != 0, q * log_p, xp.zeros_like(q)).sum(axis=1)
+            grad = q - p * q.sum(axis=1, keepdims=True)
+        return cast(s[:, None] * grad, dtype_name(logits)), cast(log_prob, dtype_name(scale))
+
+
+def members(
+    labels: Array,  # int [B] or [B, n]
+    like: Array,  # [B, classes]
+) -> tuple[Array, Array]:
+    """Which classes the labels name, bool [B, classes], and whether they name none or what is no class, bool [B]."""
+    labels = labels.reshape(len(labels), -1)
+    classes = from_numpy(np.arange(like.shape[1]), like)
+    member = (labels[:, :, None] == classes).any(axis=1)
+    return member, (labels >= like.shape[1]).any(axis=1) | ~member.any(axis=1)

@@ -31,6 +31,21 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
     "three": ("float32", 3, 3, 1, {}),
     "refresh": ("bfloat16", 2, 1, 0, {"refresh": True}),
 }
+# type of the logits, classes, whether the target is a distribution, type of the scale
+CLASSIFIERS: dict[str, tuple[str, int, bool, str]] = {
+    "classifier": ("float32", 1000, False, "float32"),
+    "classifier_half": ("bfloat16", 1000, False, "float32"),
+    "classifier_float16": ("float16", 1000, True, "float32"),
+    "classifier_few": ("float32", 10, False, "float32"),
+    "classifier_double": ("float64", 1000, False, "float64"),
+    "classifier_double_distribution": ("float64", 21841, True, "float64"),
+    "classifier_distribution": ("float32", 1000, True, "float32"),
+    "classifier_wide": ("float32", 2048, False, "float32"),
+    "classifier_many": ("float32", 21841, False, "float32"),
+    "classifier_many_half": ("bfloat16", 21841, False, "float32"),
+    "classifier_many_distribution": ("float32", 21841, True, "float64"),
+    "classifier_strided": ("float32", 1000, False, "float32"),
+}
 
 
 class Compiler:
@@ -66,6 +81,22 @@ def launch(model: str, K: int, S: int, SG: int, options: dict[str, Any]) -> None
     )
 
 
+def launch_classifier(case: str) -> None:
+    """The last three samples of five: everything that a launch can have."""
+    model, classes, distribution, kind = CLASSIFIERS[case]
+    real, logits = getattr(torch, kind), torch.zeros(3, classes, dtype=getattr(torch, model))
+    step_triton.classifier_grad(
+        logits.t().contiguous().t() if "strided" in case else logits,
+        torch.zeros(5, classes, dtype=real) if distribution else torch.zeros(5, 2, dtype=torch.int64),
+        torch.zeros(4, 5, dtype=real),
+        samples=torch.zeros(5, SAMPLE.itemsize // 4, dtype=torch.int32),
+        first=2,
+        grad=torch.empty_like(logits, memory_format=torch.contiguous_format),
+        log_prob=torch.zeros(5, dtype=real),
+        check=True,
+    )
+
+
 def main(folder: Path, archs: list[str], cases: list[str]) -> None:
     compiler = Compiler()
     driver.set_active(compiler)
@@ -81,6 +112,8 @@ def main(folder: Path, archs: list[str], cases: list[str]) -> None:
         for case in cases:
             if case == "normals":
                 step_triton.normals(torch.zeros(4096), 1, 2, 3)
+            elif case in CLASSIFIERS:
+                launch_classifier(case)
             else:
                 launch(*CASES[case])
 

@@ -43,13 +43,18 @@ def dense(kernels: list[sass.Kernel]) -> list[sass.Kernel]:
     return [kernel for kernel in kernels if "step_dense" in kernel.name]
 
 
+def classifier(kernels: list[sass.Kernel]) -> list[sass.Kernel]:
+    return [kernel for kernel in kernels if "classifier_grad" in kernel.name]
+
+
 def test_the_build_has_code_for_every_architecture(cuda: Kernels) -> None:
     assert sorted(cuda, key=int) == list(sass.ARCHS) == C.build["cuda_archs"]
     for kernels in cuda.values():
         names = [kernel.name for kernel in kernels]
         assert len(dense(kernels)) == 6  # up to 1, 2 and 4 slots; float32 and 16-bit operands
         assert sum("step_staged" in name for name in names) == sum("normals" in name for name in names) == 2
-        assert len(names) == 10
+        assert len(classifier(kernels)) == 4  # a type of logits each
+        assert len(names) == 14
 
 
 @pytest.mark.parametrize("arch", sass.ARCHS)
@@ -86,11 +91,31 @@ def test_cuda_has_no_other_access_to_tensors(cuda: Kernels, arch: str) -> None:
 def test_cuda_arithmetic(cuda: Kernels, arch: str) -> None:
     """The formula in fused multiply-adds of the state's type, ten rounds of Philox in registers."""
     for kernel in cuda[arch]:
+        if kernel in classifier(cuda[arch]):
+            continue
         double = "Id" in kernel.name
         assert kernel.count("DFMA" if double else "FFMA") > 20
         assert double or kernel.count("DFMA", "DADD", "DMUL") <= 2  # rounding a timestep
         wide = sum(i.opcode.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32")) for i in kernel.code)
         assert wide >= 20
+
+
+@pytest.mark.parametrize("arch", sass.ARCHS)
+def test_cuda_classifier_grad(cuda: Kernels, arch: str) -> None:
+    """Logits and gradient in 16 bytes, but those of float64, which are 8 and unmarked; fused multiply-adds."""
+    for kernel in classifier(cuda[arch]):
+        double = "TypeE3" in kernel.name
+        assert kernel.count("DFMA" if double else "FFMA") > 20
+        assert kernel.count("BAR") == 3
+        assert not [i for i in kernel.code if i.name in ("LD", "ST")]
+        if double:
+            assert not kernel.select("global_load", BULK)
+            continue
+        assert kernel.count("DFMA", "DMUL") == 0
+        loads, stores = kernel.select("global_load", BULK), kernel.select("global_store", BULK)
+        assert {i.bits for i in loads + stores} == {128}
+        # logits at first and in each pass over more of them; the gradient of both, zeros of both where idle
+        assert (len(loads), len(stores)) == (4, 4)
 
 
 # ---- Triton -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ struct Random {  // splitmix64
 class Fibers {
  public:
   static constexpr int LANES = 32;
-  enum Meeting { NONE, BLOCK, WARP, OR, NEIGHBOUR };
+  enum Meeting { NONE, BLOCK, WARP, OR, EXCHANGE };  // EXCHANGE + i: with the lane whose bit i differs
 
   // Runs body(thread) for threads 0 .. count.
   template <class F>
@@ -66,7 +66,7 @@ class Fibers {
   }
 
   // From a thread: waits for all others of the block or warp; the result of a warp operation on `value`.
-  uint64_t meet(Meeting meeting, uint64_t value = 0) {
+  uint64_t meet(int meeting, uint64_t value = 0) {
     const size_t thread = size_t(current_);
     waiting_[thread] = meeting;
     values_[thread] = value;
@@ -130,7 +130,10 @@ class Fibers {
     }
     uint64_t all = 0;
     for (int i = first; i < end; ++i) all |= values_[size_t(i)];
-    for (int i = first; i < end && meeting == NEIGHBOUR; i += 2) std::swap(values_[size_t(i)], values_[size_t(i + 1)]);
+    const int mask = meeting >= EXCHANGE ? 1 << (meeting - EXCHANGE) : 0;
+    for (int i = first; i < end; ++i) {
+      if (i & mask) std::swap(values_[size_t(i)], values_[size_t(i ^ mask)]);
+    }
     for (int i = first; i < end; ++i) {
       if (meeting == OR) values_[size_t(i)] = all;
       waiting_[size_t(i)] = NONE;

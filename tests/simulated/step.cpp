@@ -1,10 +1,11 @@
-// kernels/launch.h on the host: the kernels of dense.cuh and staged.cuh over simulated blocks and threads, in place of
-// kernels/step.cu. Blocks run one after another in an order that a seed shuffles, the threads of a block as fibers.
-// "Device" memory is the host's. Shared memory is poisoned before each block; an asynchronous copy arrives at the wait.
+// kernels/launch.h on the host: the kernels of the .cuh files over simulated blocks and threads, in place of the .cu
+// files. Blocks run one after another in an order that a seed shuffles, the threads of a block as fibers. "Device"
+// memory is the host's. Shared memory is poisoned before each block; an asynchronous copy arrives at the wait.
 #include <string.h>
 
 #include <mutex>
 
+#include "../../kernels/classifier_grad.cuh"
 #include "../../kernels/geometry.h"
 #include "fibers.h"
 
@@ -49,7 +50,15 @@ class HostThread {
   void sync() const { meet(simulated::Fibers::BLOCK); }
   void warp_sync() const { meet(simulated::Fibers::WARP); }
   uint64_t warp_or(uint64_t x) const { return meet(simulated::Fibers::OR, x); }
-  uint32_t neighbour(uint32_t x) const { return uint32_t(meet(simulated::Fibers::NEIGHBOUR, x)); }
+  template <class X>
+  X exchange(X x, int mask) const {
+    uint64_t bits = 0;
+    memcpy(&bits, &x, sizeof x);
+    bits = meet(simulated::Fibers::EXCHANGE + __builtin_ctz(unsigned(mask)), bits);
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  uint32_t neighbour(uint32_t x) const { return exchange(x, 1); }
   template <class X>
   X load(const X* p) const {
     simulator().counters[LOADS]++;
@@ -87,9 +96,7 @@ class HostThread {
   void set_bits(int32_t* p, int32_t mask) const { *p |= mask; }
 
  private:
-  static uint64_t meet(simulated::Fibers::Meeting meeting, uint64_t value = 0) {
-    return simulator().fibers.meet(meeting, value);
-  }
+  static uint64_t meet(int meeting, uint64_t value = 0) { return simulator().fibers.meet(meeting, value); }
   static void need(const void* p, int64_t bytes) {
     if (!aligned(p, bytes)) throw std::runtime_error("simulated: misaligned access of " + std::to_string(bytes));
   }
@@ -184,6 +191,25 @@ void cuda_normals(int device, void*, void* to, Type type, int64_t first, int64_t
     type == F64 ? normals_pairs<double>(thread, to, type, first, count, seed, ordinal, tag, threads)
                 : normals_pairs<float>(thread, to, type, first, count, seed, ordinal, tag, threads);
   });
+}
+
+void cuda_classifier_grad(const ClassifierGradArgs& a, int device, void*) {
+  need_device(device);
+  if (a.batch == 0) return;
+  const auto launch = [&](auto type) {
+    constexpr Type TYPE = Type(int(type));
+    typedef ClassShared<Real<TYPE>> Shared;
+    Simulator& s = simulator();
+    const std::lock_guard<std::mutex> lock(s.mutex);
+    s.launch(a.batch, class_threads(TYPE, a.classes), sizeof(Shared), [&](const HostThread& thread, char* bytes) {
+      classifier_grad_sample<TYPE>(thread, a, *reinterpret_cast<Shared*>(bytes));
+    });
+  };
+  const Type type = a.logits_type;
+  if (type == F32) launch(Int<F32>{});
+  if (type == F16) launch(Int<F16>{});
+  if (type == BF16) launch(Int<BF16>{});
+  if (type == F64) launch(Int<F64>{});
 }
 
 std::string cuda_reason() { return ""; }
