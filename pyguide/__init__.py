@@ -9,7 +9,7 @@ images = sampler(pyguide.randn(0, (4, 4, 64, 64), like=torch.empty(0)), cond={..
 from . import models, schedules, solvers
 from .compiler import CertificateError, TraceError, compile
 from .graph import CaptureError
-from .guidance import CFG, Guidance
+from .guidance import CFG, ClassifierGuidance, GradientGuidance, Guidance
 from .noise import randn
 from .path import Level, NoisePath
 from .plan import Plan
@@ -30,7 +30,9 @@ __all__ = [
     "CFG",
     "CaptureError",
     "CertificateError",
+    "ClassifierGuidance",
     "Event",
+    "GradientGuidance",
     "Guidance",
     "Level",
     "NoisePath",

@@ -60,6 +60,13 @@ def from_numpy(values: np.ndarray, like: Array) -> Array:
     return torch.from_numpy(values).to(like.device)
 
 
+def tensor(values: np.ndarray) -> Array:
+    """A torch tensor on the CPU that shares the memory of a numpy array."""
+    import torch
+
+    return torch.from_numpy(values)
+
+
 def cast(array: Array, dtype: str) -> Array:
     """A new contiguous array of another dtype."""
     if isinstance(array, np.ndarray):

@@ -38,10 +38,11 @@ class Routing:
 
     calls: list[Call]
     index: NDArray[np.int32]  # [B, K]
+    guided: bool = False  # a classifier is called too
 
 
-def route(active: NDArray[np.bool_], batched: bool) -> Routing:
-    """Calls for the active branches [B, K]: one for all of them, or one per branch."""
+def route(active: NDArray[np.bool_], batched: bool) -> tuple[list[Call], NDArray[np.int32]]:
+    """Calls for the active branches [B, K], one for all of them or one per branch, and the index of a Routing."""
     index = np.full(active.shape, -1, np.int32)
     members = [(k, np.flatnonzero(active[:, k])) for k in range(active.shape[1])]
     members = [(k, samples) for k, samples in members if len(samples)]
@@ -53,7 +54,35 @@ def route(active: NDArray[np.bool_], batched: bool) -> Routing:
             size += len(samples)
         if size:
             calls.append(Call(group, size))
-    return Routing(calls, np.ascontiguousarray(index))
+    return calls, np.ascontiguousarray(index)
+
+
+@dataclass
+class Told:
+    """The conditions that a caller gave."""
+
+    branches: dict[str, Cond]
+    classifier: Cond | None = None  # what a classifier sees, if it was told by itself
+    shared: bool = False  # it sees those of cond, of which `labels` may be for it alone
+
+
+def assign(
+    cond: Cond | None, uncond: Cond | None, conds: Mapping[str, Cond] | None, batch: int, classifier: str | None
+) -> Told:
+    """Conditions by branch, checked; those under the name `classifier` apart. Errors name the argument."""
+    given: dict[str, Cond] = {} if conds is None else dict(conds)
+    for name, value in (("cond", cond), ("uncond", uncond)):
+        if value is None:
+            continue
+        if name in given:
+            raise ValueError(f"{name}: given by itself and in conds")
+        given[name] = value
+    for name, value in given.items():
+        check(name, value, batch)
+    if classifier is None:
+        return Told(given)
+    own = given.pop(classifier, None)
+    return Told(given, own, shared=own is None)
 
 
 def check(name: str, cond: Any, batch: int) -> None:
@@ -96,3 +125,26 @@ def stack(conds: list[Cond], call: Call, batch: int, name: str = "cond") -> dict
         else:
             stacked[key] = values[0]
     return stacked
+
+
+def routings(
+    active: NDArray[np.bool_], batched: bool, model: NDArray[np.bool_], guided: NDArray[np.bool_]
+) -> list[Routing]:
+    """One routing per evaluation, for the branches that are run [R, B, K], and whether the model and a classifier are
+    called at all [R]; evaluations that call the same for the same samples share it."""
+    known: dict[Any, Routing] = {}
+    routes: list[Routing] = []
+    same = (active[1:] == active[:-1]).all(axis=(1, 2)) & (model[1:] == model[:-1]) & (guided[1:] == guided[:-1])
+    repeated = same.tolist()
+    for i, here in enumerate(active):
+        if i and repeated[i - 1]:
+            routes.append(routes[-1])
+            continue
+        key = here.tobytes(), model[i], guided[i]
+        if key not in known:
+            if not model[i]:  # a place for the timestep, which the classifier is told
+                here = np.broadcast_to(np.arange(here.shape[1]) == 0, here.shape)
+            calls, index = route(here, batched)
+            known[key] = Routing(calls if model[i] else [], index, bool(guided[i]))
+        routes.append(known[key])
+    return routes

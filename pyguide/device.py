@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from . import arrays
 from .arrays import Array
-from .launch import Launch, NativeStep, nonfinite, versions
-from .layout import SAMPLE
+from .launch import Launch, NativeStep, flagged, versions
+from .layout import NONFINITE, SAMPLE
 
 ALIGNMENT = 16  # bytes, of each part of a resident copy
 
@@ -62,9 +62,9 @@ class Resident(NamedTuple):
             placed[name] = placed[name].view(words)
         return Resident(**placed, layout=(size, *offsets))
 
-    def flags(self) -> NDArray[np.bool_]:
-        """[B] which samples met NaN or infinity. Waits for the device."""
-        return nonfinite(self.samples.cpu().numpy().view(SAMPLE).reshape(-1))
+    def flagged(self, flag: int) -> NDArray[np.bool_]:
+        """[B] which samples have a flag. Waits for the device."""
+        return flagged(self.samples.cpu().numpy().view(SAMPLE).reshape(-1), flag)
 
 
 class CudaStep(NativeStep):
@@ -122,8 +122,8 @@ class CudaStep(NativeStep):
         finally:
             self._place(self.step, self.resident.samples)
 
-    def nonfinite(self) -> NDArray[np.bool_]:
-        return self.resident.flags()
+    def flagged(self, flag: int = NONFINITE) -> NDArray[np.bool_]:
+        return self.resident.flagged(flag)
 
 
 def launch_triton() -> Any:
@@ -145,6 +145,9 @@ class TritonStep:
 
     def use_noise(self, supplied: bool) -> None:
         self.supplied = supplied and self.launch.noise is not None
+
+    def attach(self, *, gradient: Array | None = None, variance: Array | None = None) -> None:
+        self.launch.attach(gradient, variance)
 
     def advance(self, outputs: Sequence[Array | None]) -> None:
         self.enqueue(outputs)
@@ -189,5 +192,5 @@ class TritonStep:
         if self.bumped:
             self.bump(self.bumped)
 
-    def nonfinite(self) -> NDArray[np.bool_]:
-        return self.resident.flags()
+    def flagged(self, flag: int = NONFINITE) -> NDArray[np.bool_]:
+        return self.resident.flagged(flag)

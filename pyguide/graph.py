@@ -57,7 +57,8 @@ class CapturedLoop:
         self.run = run
         step: Any = run.step
         settings = (run.wants_events, run.launch.check, step.supplied, run.backend, autocast(run.device))
-        self.common = (settings, step.resident.layout, run.model, run.model.addresses())
+        guided = None if run.gradient is None else run.gradient.key()
+        self.common = (settings, step.resident.layout, run.model, run.model.addresses(), guided)
         self.ready: dict[int, Graph] = {}
         self.rows = run.launch.samples["row"]  # the host's copy: all samples of a run stand at one row
 
@@ -66,29 +67,31 @@ class CapturedLoop:
         self.run.draw(i + 1)
         graph = self.ready.get(id(routing))
         if graph is None:
-            graph = self.ready[id(routing)] = self._graph(routing)
+            graph = self.ready[id(routing)] = self._graph(i, routing)
         graph.replay()
         self.rows += 1
 
-    def _graph(self, routing: Routing) -> Graph:
-        buffers, key = self.run.buffers, (self.common, *((call.key, frozen(call.cond)) for call in routing.calls))
+    def _graph(self, i: int, routing: Routing) -> Graph:
+        calls = [(call.key, frozen(call.cond)) for call in routing.calls]
+        buffers, key = self.run.buffers, (self.common, routing.guided, *calls)
         if key not in buffers.graphs:
-            buffers.keep_graph(key, self._recorded(routing))
+            buffers.keep_graph(key, self._recorded(i, routing))
         found: Graph = buffers.graphs[key]
         return found
 
-    def _recorded(self, routing: Routing) -> Graph:
+    def _recorded(self, i: int, routing: Routing) -> Graph:
+        """Nothing in it depends on i: what does is read on the device."""
         run = self.run
         step: Any = run.step
 
         def warm_up() -> None:
             for _ in range(WARM_UPS):
-                outputs = run.outputs(routing)
+                outputs = run.evaluate(i, routing)
             step.warm_up(outputs)
 
         if run.buffers.site is None:
             run.buffers.site = Site(run.device)
-        graph = record(warm_up, lambda: step.enqueue(run.outputs(routing)), run.buffers.site)
+        graph = record(warm_up, lambda: step.enqueue(run.evaluate(i, routing)), run.buffers.site)
         step.refresh()  # a model may have written into its inputs
         return graph
 

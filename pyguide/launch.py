@@ -42,6 +42,11 @@ class Launch:
     threads: int = 0
     buffers: Buffers = field(default_factory=Buffers)  # where a back end that needs more arrays keeps them
 
+    def attach(self, gradient: Array | None, variance: Array | None) -> None:
+        """What the next rows read; None: as before."""
+        self.gradient = self.gradient if gradient is None else gradient
+        self.variance = self.variance if variance is None else variance
+
     @property
     def route_stride(self) -> int:
         """Elements from the routes of one row to those of the next."""
@@ -57,14 +62,18 @@ class Step(Protocol):
     def use_noise(self, supplied: bool) -> None:
         """Whether the next rows read `launch.noise` or draw from the seeds."""
 
+    def attach(self, *, gradient: Array | None = None, variance: Array | None = None) -> None:
+        """What the next rows read as the classifier's gradient and as the learned variance; None: as before."""
+
     def advance(self, outputs: Sequence[Array | None]) -> None:
         """Run the next row of every sample. outputs: one array for all branches, one per branch, or none (prologue)."""
 
     def refresh(self) -> None:
         """Write the model inputs that are due again, from the state as it is now."""
 
-    def nonfinite(self) -> NDArray[np.bool_]:
-        """[B] which samples have met NaN or infinity, if the launch checks for them."""
+    def flagged(self, flag: int = NONFINITE) -> NDArray[np.bool_]:
+        """[B] which samples have a flag of layout.py, by default: have met NaN or infinity, if the launch checks for
+        them."""
 
 
 class NativeStep:
@@ -116,6 +125,13 @@ class NativeStep:
         self.supplied = supplied and self.launch.noise is not None
         self.step.set_noise(*(_walk(self.launch.noise) if self.supplied else (0, 0, 0, 0)))
 
+    def attach(self, *, gradient: Array | None = None, variance: Array | None = None) -> None:
+        self.launch.attach(gradient, variance)
+        if gradient is not None:
+            self.step.set_gradient(*_walk(gradient))
+        if variance is not None:
+            self.step.set_variance(*_walk(variance), self.launch.variance_branch)
+
     def advance(self, outputs: Sequence[Array | None]) -> None:
         addresses = self._addresses(outputs)  # first: outputs of another dtype make another step
         self.step.run(*addresses)
@@ -153,8 +169,8 @@ class NativeStep:
         if self.bumped:
             self.bump(self.bumped)
 
-    def nonfinite(self) -> NDArray[np.bool_]:
-        return nonfinite(self.launch.samples)
+    def flagged(self, flag: int = NONFINITE) -> NDArray[np.bool_]:
+        return flagged(self.launch.samples, flag)
 
 
 def versions(launch: Launch) -> tuple[tuple[Array, ...], Any]:
@@ -203,6 +219,9 @@ class ReferenceStep:
 
     def use_noise(self, supplied: bool) -> None:
         self.supplied = supplied
+
+    def attach(self, *, gradient: Array | None = None, variance: Array | None = None) -> None:
+        self.launch.attach(gradient, variance)
 
     def advance(self, outputs: Sequence[Array | None]) -> None:
         a = self.launch
@@ -278,8 +297,8 @@ class ReferenceStep:
             if 0 <= i < sample["end"] - 1:
                 self._write_input(b, i, self._row(sample, i))
 
-    def nonfinite(self) -> NDArray[np.bool_]:
-        return nonfinite(self.launch.samples)
+    def flagged(self, flag: int = NONFINITE) -> NDArray[np.bool_]:
+        return flagged(self.launch.samples, flag)
 
 
 def _routes(routes: NDArray[np.int32], row: int, b: int) -> list[int]:
@@ -288,8 +307,8 @@ def _routes(routes: NDArray[np.int32], row: int, b: int) -> list[int]:
     return found
 
 
-def nonfinite(samples: NDArray[Any]) -> NDArray[np.bool_]:
-    return np.asarray((samples["flags"] & NONFINITE) != 0)
+def flagged(samples: NDArray[Any], flag: int) -> NDArray[np.bool_]:
+    return np.asarray((samples["flags"] & flag) != 0)
 
 
 def place_samples(batch: int, rows: int, slots: int, seeds: Sequence[int] | None, block: int) -> NDArray[Any]:

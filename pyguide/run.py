@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from . import arrays, backends
 from .arrays import Array
-from .conditions import Call, Cond, Routing, check, route, stack
+from .classifier import Gradient, gradient
+from .conditions import Cond, Routing, Told, assign, routings, stack
 from .draws import Draws
 from .graph import CapturedLoop, keep
+from .guidance import ClassifierGuidance
 from .launch import Launch, Step, place_samples
-from .layout import weights_width
+from .layout import HEAD, NONFINITE_LOGITS, weights_width
 from .noise import check_seeds
+from .outputs import Outputs
 from .path import Level
 from .plan import Plan
 from .solvers.registry import time_dtype
@@ -43,6 +46,7 @@ class Event:
     x: Array
     denoised: Array
     level: Level
+    log_prob: Array | None = None
 
 
 class Run:
@@ -61,8 +65,10 @@ class Run:
         blend: Callable[[Event], Array] | None,
         *,
         events: bool,
+        classify: bool = True,
     ) -> None:
-        self.sampler, self.model, self.plan = sampler, sampler.model, sampler.plan
+        self.sampler, self.model = sampler, sampler.model
+        self.plan = sampler.guided.plan
         self.blend, self.wants_events = blend, events
         self.shape, self.dtype, self.like = check_noise(noise), arrays.dtype_name(noise), noise
         self.batch = self.shape[0]
@@ -75,69 +81,87 @@ class Run:
         self.seeds = None if seeds is None else check_seeds(seeds, self.batch)
         self.draws = Draws(self.plan, noise, generator, noises)
         self.noisy = frozenset(self.plan.stochastic_rows if seeds is None else ())
-        self.batched = sampler.guidance is None or sampler.guidance.batched
-        self.branches: tuple[str, ...] = ("cond",)
-        weights = np.ones((self.plan.evaluations, self.batch, 1))
-        if sampler.guidance is not None:
-            self.branches = sampler.guidance.branches
-            weights = sampler.guidance.weights(sampler.guidance.scales(self.plan, self.batch))
-            if sampler.guidance.space != "model" and not np.allclose(weights.sum(axis=-1), 1):
-                raise ValueError(
-                    f"space: {sampler.guidance!r} has weights whose sum is not 1; only 'model' is combined"
-                )
+        self.batched = sampler.cfg is None or sampler.cfg.batched
+        self.branches: tuple[str, ...] = ("cond",) if sampler.cfg is None else sampler.cfg.branches
+        weights = self._weights()
         active = weights != 0
-        by_branch = self._conditions(cond, uncond, conds, active.any(axis=(0, 1)))
+        self.variance_branch = self._keep_variance(active)
+        classified = isinstance(sampler.guidance, ClassifierGuidance)
+        told = assign(cond, uncond, conds, self.batch, "classifier" if classified else None)
+        by_branch = self._by_branch(told, active.any(axis=(0, 1)))
         self.is_numpy = isinstance(noise, np.ndarray)
         self.device: Any = None if self.is_numpy else noise.device
         where = "cpu" if self.is_numpy else str(noise.device.type)
         self.backend = sampler._backend_for(where)
         self.step: Step | None = None
         self.captured: CapturedLoop | None = None
+        self.gradient: Gradient | None = None
         if 0 in self.shape:  # nothing to sample
             return
         kind, self.buffers = sampler._spare.take(noise)
         self._release = weakref.finalize(self, sampler._spare.give, kind, self.buffers)
         self._release.atexit = False
-        self.routes: list[Routing] = _routings(active, self.batched)
-        self.launch = self._buffers(weights)
-        self.output_dtype: Any = self.launch.inputs[0].dtype
-        spans = {(arrays.pointer(x), arrays.pointer(x) + x.nbytes) for x in self.launch.inputs}
-        self.input_spans = tuple(spans)
+        scales, called = self._scales()
+        self.routes: list[Routing] = routings(active, self.batched, sampler.guided.model, called)
+        self.launch = self._buffers(weights, called)
         self._bind_calls(by_branch)
+        self.outputs = Outputs(self.model, self.plan, self.launch, self.batched)
         self.step = backends.stepper(self.backend, where)(self.launch)
         self.step.use_noise(bool(self.noisy))
+        if classify and called.any():
+            guidance: Any = sampler.guidance
+            seen = told.classifier if told.classifier is not None else told.branches.get("cond", {})
+            self.gradient = gradient(self, guidance, sampler.classifier, seen, scales)
         if sampler.cuda_graph:
             self.captured = CapturedLoop(self)
 
     # ---- setting up -------------------------------------------------------------------------------------------
-    def _conditions(
-        self, cond: Cond | None, uncond: Cond | None, conds: Mapping[str, Cond] | None, needed: NDArray[np.bool_]
-    ) -> list[Cond]:
-        """The conditions of each branch; a branch that is never run needs none."""
-        given: dict[str, Cond] = {} if conds is None else dict(conds)
-        for name, value in (("cond", cond), ("uncond", uncond)):
-            if value is None:
-                continue
-            if name in given:
-                raise ValueError(f"{name}: given by itself and in conds")
-            given[name] = value
+    def _weights(self) -> NDArray[np.float64]:
+        """Of the branches at every evaluation [R, B, K]; all 0 where only a classifier is called."""
+        cfg, plan = self.sampler.cfg, self.plan
+        if cfg is None:
+            weights = np.ones((plan.evaluations, self.batch, 1))
+        else:
+            weights = cfg.weights(cfg.scales(plan, self.batch))
+            if cfg.space != "model" and not np.allclose(weights.sum(axis=-1), 1):
+                raise ValueError(f"space: {cfg!r} has weights whose sum is not 1; only 'model' is combined")
+        return np.where(self.sampler.guided.model[:, None, None], weights, 0.0)
+
+    def _keep_variance(self, active: NDArray[np.bool_]) -> int:
+        """The branch whose learned variance the plan reads: the conditional one, which then is always called, or the
+        first one if it never is."""
+        last = active.shape[2] - 1
+        if not self.plan.learned_variance:
+            return 0
+        branch = last if active[..., last].any() else int(active.any(axis=(0, 1)).argmax())
+        active[self.sampler.guided.model, :, branch] = True
+        return branch
+
+    def _scales(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The scale of the classifier's gradient [R + 1, B], by the row that reads it, and where it is called [R]."""
+        guidance, plan = self.sampler.guidance, self.plan
+        scales = np.zeros((plan.evaluations + 1, self.batch))
+        if isinstance(guidance, ClassifierGuidance):
+            scales[1:] = guidance.scales(plan, self.batch)
+        return scales, self.sampler.guided.classifier & (scales[1:] != 0).any(axis=1)
+
+    def _by_branch(self, told: Told, needed: NDArray[np.bool_]) -> list[Cond]:
+        """The conditions of each branch; one that is never run needs none."""
+        cfg, given = self.sampler.cfg, told.branches
+        if told.shared and not self.model.accepts("labels"):
+            given = {name: {k: v for k, v in value.items() if k != "labels"} for name, value in given.items()}
         unknown = set(given) - set(self.branches)
-        if unknown and self.sampler.guidance is None:
+        if unknown and cfg is None:
             raise ValueError(f"{min(unknown)}: without guidance there is one branch, cond; give the sampler CFG(scale)")
         if unknown:
             raise ValueError(f"conds: the branches are {', '.join(self.branches)}, got {sorted(unknown)}")
-        for name, value in given.items():
-            check(name, value, self.batch)
-        if not given or len(self.branches) == 1:  # without any, the model tells the branches apart by their place
-            return [given.get(name, {}) for name in self.branches]
-        for name, used in zip(self.branches, needed, strict=True):
-            if used and name not in given:
-                raise ValueError(
-                    f"{name}: {self.sampler.guidance!r} runs this branch and needs its conditions ({{}} if none)"
-                )
+        if given and cfg is not None:  # without any, the model tells the branches apart by their place
+            for name, used in zip(self.branches, needed, strict=True):
+                if used and name not in given and len(self.branches) > 1:
+                    raise ValueError(f"{name}: {cfg!r} runs this branch and needs its conditions ({{}} if none)")
         return [given.get(name, {}) for name in self.branches]
 
-    def _buffers(self, weights: NDArray[np.float64]) -> Launch:
+    def _buffers(self, weights: NDArray[np.float64], called: NDArray[np.bool_]) -> Launch:
         plan, K, S = self.plan, len(self.branches), self.plan.slots
         state_dtype = "float64" if self.dtype == "float64" else "float32"
         array = self.buffers.array
@@ -159,16 +183,27 @@ class Run:
             state=state,
             inputs=inputs * (K // count),
             times=times * (K // count),
-            tables=self.sampler._table(state_dtype),
+            tables=self._table(state_dtype, called),
             weights=blocks.astype(state_dtype).ravel(),
             samples=place_samples(self.batch, plan.evaluations + 1, S, self.seeds, 0 if shared else blocks[0].size),
             noise=array("noise", self.shape, state_dtype, self.like) if self.noisy else None,
             denoised=array("denoised", self.shape, state_dtype, self.like) if self.wants_events else None,
             source=routes[:-1],
             target=routes[1:],
+            variance_branch=self.variance_branch,
             check=self.sampler.check != "off",
             buffers=self.buffers,
         )
+
+    def _table(self, dtype: str, called: NDArray[np.bool_]) -> NDArray[Any]:
+        """The sampler's rows; those whose classifier is not called read no gradient."""
+        table, M = self.sampler._table(dtype), self.plan.slots
+        idle = self.sampler.guided.classifier & ~called
+        if not idle.any():
+            return table
+        rows = table.reshape(self.plan.evaluations + 1, -1).copy()
+        rows[1:][idle, HEAD + M * M + 3 * M :] = 0
+        return rows.ravel()
 
     def _bind_calls(self, conds: list[Cond]) -> None:
         """Each call's views of the launch's buffers and its stacked conditions."""
@@ -198,19 +233,25 @@ class Run:
             self.release()
 
     def events(self, callback: Callable[[Event], Any] | None = None) -> Iterator[Event | None]:
-        """Run; yields after each evaluation: an event, told to the callback first, or None if nobody wants them."""
+        """Run; yields after each evaluation of the model: an event, told to the callback first, or None if nobody wants
+        them."""
         if self.step is None:
             return
         self.draw(0)
         self.step.advance(())
         turn = self._turn if self.captured is None else self.captured.turn
         bar = _bar(len(self.routes)) if self.sampler.progress else None
+        number, last, denoised = -1, 0, None  # of the model's evaluations; the last of them, and what it predicted
         try:
             for i, routing in enumerate(self.routes):
                 turn(i, routing)
                 if bar is not None:
                     bar.update()
-                event = self._event(i) if self.wants_events else None
+                if self.wants_events and routing.calls:
+                    number, last, denoised = number + 1, i, self._denoised(i, routing)
+                if i + 1 < len(self.routes) and not self.routes[i + 1].calls:
+                    continue  # x is not done: a classifier moves it first
+                event = self._event(number, last, i, denoised) if self.wants_events else None
                 if callback is not None and event is not None:
                     callback(event)
                 yield event
@@ -222,76 +263,41 @@ class Run:
 
     def _turn(self, i: int, routing: Routing) -> None:
         """Evaluation i: the model, then the row that consumes it."""
-        outputs = self.outputs(routing)
+        outputs = self.evaluate(i, routing)
         self.draw(i + 1)
         self.step.advance(outputs)  # type: ignore[union-attr]  # events() has looked
 
-    def outputs(self, routing: Routing) -> list[Array]:
-        """The model's outputs of an evaluation: one for all branches, or one per branch."""
-        model, accepted = self.model, self._accepted
-        outputs = [accepted(model(call.x, call.t, **call.cond), call) for call in routing.calls]
-        return outputs if self.batched else self._by_branch(outputs, routing.calls)
+    def evaluate(self, i: int, routing: Routing) -> list[Array]:
+        """The model's outputs at evaluation i; what else its row reads is attached to the step."""
+        if routing.guided:
+            self.step.attach(gradient=self.gradient(i, routing))  # type: ignore[misc, union-attr]
+        outputs, variance = self.outputs.of(routing)
+        if variance is not None:
+            self.step.attach(variance=variance)  # type: ignore[union-attr]
+        return outputs
 
     def draw(self, row: int) -> None:
         """Noise from outside for a row that adds some; rows with seeds draw theirs in the kernel."""
         if row in self.noisy:
             self.draws.fill(self.launch.noise, row)
 
-    def _by_branch(self, outputs: list[Array], calls: list[Call]) -> list[Array]:
-        by_branch: list[Array] = [None] * len(self.branches)
-        for call, output in zip(calls, outputs, strict=True):
-            if output.dtype != outputs[0].dtype:
-                raise TypeError(
-                    f"model: the branches came as {outputs[0].dtype} and {output.dtype}; expected one dtype"
-                )
-            by_branch[call.branch] = output
-        return by_branch
+    def _denoised(self, i: int, routing: Routing) -> Array:
+        """D of evaluation i, with what the score form adds to it."""
+        D: Any = self.launch.denoised
+        guidance, plan = self.sampler.guidance, self.plan
+        g: Any = self.launch.gradient
+        if routing.guided and isinstance(guidance, ClassifierGuidance) and guidance.form == "score":
+            D = D + float(plan.sigma[i] ** 2 / plan.alpha[i]) * g
+        return arrays.cast(D, self.dtype)
 
-    def _accepted(self, out: Array, call: Call) -> Array:
-        """The model's output, checked; copied only if the kernel cannot walk it or it lies in the model's own input."""
-        if out.shape != call.shape or out.dtype != self.output_dtype:
-            self._check_output(out, call)
-        if self.is_numpy:
-            clean = out.flags.c_contiguous and out.flags.aligned and not self._overlaps(out)
-        else:
-            if out.requires_grad or out.device != self.device:
-                self._check_output(out, call)
-            clean = out.is_contiguous() and not out.is_neg() and not self._overlaps(out)
-        return out if clean else self._walkable(out, call)
-
-    def _overlaps(self, out: Array) -> bool:
-        """Whether an output lies in a buffer that the kernel will write, as that of a model that returns its input."""
-        if self.is_numpy:
-            return any(np.may_share_memory(out, x) for x in self.launch.inputs)
-        start = out.data_ptr()
-        for low, high in self.input_spans:  # noqa: SIM110  any() of a generator costs 0.5 us an evaluation
-            if low <= start < high:
-                return True
-        return False
-
-    def _check_output(self, out: Array, call: Call) -> None:
-        if not arrays.is_array(out) or isinstance(out, np.ndarray) != self.is_numpy:
-            kind = "a numpy array" if self.is_numpy else "a torch tensor"
-            raise TypeError(f"model: expected {kind} as output, like the noise, got {type(out).__name__}")
-        if tuple(out.shape) != call.shape:
-            raise ValueError(f"model: expected an output of shape {call.shape}, got {tuple(out.shape)}")
-        if arrays.dtype_name(out) not in arrays.FLOATS:
-            raise TypeError(f"model: expected an output of {', '.join(arrays.FLOATS)}, got {arrays.dtype_name(out)}")
-        if not self.is_numpy and out.device != self.device:
-            raise ValueError(f"model: expected an output on {self.device}, like the noise, got {out.device}")
-        if not self.is_numpy and out.requires_grad:
-            raise ValueError("model: the output requires grad, and sampling is not differentiable; detach it")
-        self.output_dtype = out.dtype
-
-    def _walkable(self, out: Array, call: Call) -> Array:
-        walks = arrays.plain(out) and arrays.merged_strides(call.shape, arrays.strides(out)) is not None
-        return out if walks and not self._overlaps(out) else arrays.cast(out, arrays.dtype_name(out))
-
-    def _event(self, i: int) -> Event:
-        plan, a = self.plan, self.launch
-        x, denoised = (arrays.cast(array, self.dtype) for array in (a.state[0], a.denoised))
-        at = (int(plan.step[i]), i, float(plan.timestep[i]), float(plan.sigma[i]))
-        event = Event(*at, x=x, denoised=denoised, level=plan.level(i + 1))
+    def _event(self, number: int, evaluation: int, i: int, denoised: Array) -> Event:
+        """After row i + 1, the model having been called at `evaluation`, for the `number`-th time."""
+        plan, a, g = self.plan, self.launch, self.gradient
+        at = (int(plan.step[evaluation]), number, float(plan.timestep[evaluation]), float(plan.sigma[evaluation]))
+        x, log_prob = arrays.cast(a.state[0], self.dtype), None
+        if g is not None and g.log_prob is not None:
+            log_prob = arrays.cast(g.log_prob.numpy() if self.is_numpy else g.log_prob, self.dtype)
+        event = Event(*at, x=x, denoised=denoised, level=plan.level(i + 1), log_prob=log_prob)
         if self.blend is None:
             return event
         x = self.blend(event)
@@ -308,26 +314,17 @@ class Run:
         if self.sampler.check == "off":
             return
         assert self.step is not None
-        bad = self.step.nonfinite()
+        bad = self.step.flagged()
         self.sampler.nonfinite = bad
         if self.sampler.check == "raise" and bad.any():
-            raise FloatingPointError(f"samples {np.flatnonzero(bad).tolist()} met NaN or infinity")
+            logits = self.step.flagged(NONFINITE_LOGITS)
+            if logits.any():
+                raise FloatingPointError(f"classifier: NaN or infinite logits for samples {_listed(logits)}")
+            raise FloatingPointError(f"samples {_listed(bad)} met NaN or infinity")
 
 
-def _routings(active: NDArray[np.bool_], batched: bool) -> list[Routing]:
-    """One routing per evaluation [R, B, K]; evaluations that run the same branches of the same samples share it."""
-    known: dict[bytes, Routing] = {}
-    routes: list[Routing] = []
-    same = (active[1:] == active[:-1]).all(axis=(1, 2)).tolist()
-    for i, here in enumerate(active):
-        if i and same[i - 1]:
-            routes.append(routes[-1])
-            continue
-        key = here.tobytes()
-        if key not in known:
-            known[key] = route(here, batched)
-        routes.append(known[key])
-    return routes
+def _listed(flags: NDArray[np.bool_]) -> list[int]:
+    return [int(b) for b in np.flatnonzero(flags)]
 
 
 def check_noise(noise: Array) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from .backends import Backend
 from .buffers import Spare
 from .conditions import Cond
 from .extras import require
-from .guidance import Guidance
+from .guidance import ClassifierGuidance, Guidance
+from .guidance.forms import GuidedPlan, guide
 from .layout import TIMESTEP
 from .plan import Plan
 from .run import Event, Run, time_column
@@ -30,7 +31,7 @@ class Sampler:
         unconditional one first, t [n], the conditions stacked alike. x and t are the sampler's buffers: copy what you
         keep.
     plan: from `pyguide.compile`.
-    guidance: CFG(...) and its relatives; None calls the model once, with `cond`.
+    guidance: CFG(...) and its relatives, or ClassifierGuidance(...); None calls the model once, with `cond`.
     backend: "native" (C++ on a CPU, CUDA on a GPU), "triton" (a GPU), "reference" (plain array arithmetic, any
         device), or "auto": the first of these that runs on the device of the noise; `repr` says which ran, and where.
     cuda_graph: record model and step as one CUDA graph and replay it once per evaluation: for noise on a GPU, and a
@@ -50,7 +51,7 @@ class Sampler:
         self,
         model: Any,
         plan: Plan,
-        guidance: Guidance | None = None,
+        guidance: Guidance | ClassifierGuidance | None = None,
         *,
         backend: Backend = "auto",
         cuda_graph: bool = False,
@@ -59,7 +60,7 @@ class Sampler:
     ) -> None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan: expected a Plan from pyguide.compile, got {type(plan).__name__}")
-        if guidance is not None and not isinstance(guidance, Guidance):
+        if guidance is not None and not isinstance(guidance, (Guidance, ClassifierGuidance)):
             raise TypeError(f"guidance: expected a guidance method such as CFG(scale), got {type(guidance).__name__}")
         if backend not in ("auto", "native", "triton", "reference"):
             raise ValueError(f'backend: expected "auto", "native", "triton" or "reference", got {backend!r}')
@@ -76,6 +77,7 @@ class Sampler:
             raise ValueError(f"cuda_graph: {type(self.model).__name__} runs outside of torch, which cannot record it")
         self.cuda_graph = cuda_graph
         self.plan, self.guidance, self.progress = plan, guidance, progress
+        self.cfg, self.guided, self.classifier = self._guided(plan, guidance)
         self.backend: Backend = backend
         self.check = check
         self.nonfinite: NDArray[np.bool_] | None = None
@@ -83,6 +85,29 @@ class Sampler:
         self._spare = Spare(GRAPH_SHAPES if cuda_graph else 1)
         self._ran: dict[str, str] = {}  # back end by device type
         time_column(plan, self.model.time)  # a convention that the plan cannot serve is an error now
+
+    def _guided(
+        self, plan: Plan, guidance: Guidance | ClassifierGuidance | None
+    ) -> tuple[Guidance | None, GuidedPlan, models.Model | None]:
+        """What combines the branches, the rows that run, and the classifier."""
+        if not isinstance(guidance, ClassifierGuidance):
+            return guidance, GuidedPlan.unguided(plan), None
+        guided = guide(plan, guidance.form)
+        if guidance.classifier is None:
+            return guidance.cfg, guided, None
+        try:
+            classifier = models.wrap(guidance.classifier)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"classifier: {error}") from None
+        if not classifier.differentiable:
+            kind = type(classifier).__name__
+            raise TypeError(f"classifier: {kind} runs outside of torch, which cannot differentiate it")
+        if isinstance(guidance.classifier, models.Model) and classifier.time != self.model.time:
+            raise ValueError(
+                f"classifier: is told time as {classifier.time!r}, and the model as {self.model.time!r}; "
+                "wrap both alike"
+            )
+        return guidance.cfg, guided, classifier
 
     def __repr__(self) -> str:
         which = ", ".join(f"{name} ({device})" for device, name in self._ran.items()) or self.backend
@@ -169,8 +194,9 @@ class Sampler:
         """The plan's rows in the dtype of the state, their timestep column in the model's convention."""
         key = (dtype, self.model.time)
         if key not in self._tables:
-            table = self.plan.table.copy()
-            table[:-1, TIMESTEP] = time_column(self.plan, self.model.time)
+            plan = self.guided.plan
+            table = plan.table.copy()
+            table[:-1, TIMESTEP] = time_column(plan, self.model.time)
             with np.errstate(over="ignore"):
                 rounded = table.astype(dtype)
             lost = np.isfinite(table) & ~np.isfinite(rounded)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyguide import backends, device, graph, native
+from pyguide.classifier_grad import ClassifierGrad
 from pyguide.sampler import Sampler
 
 WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
@@ -94,7 +95,16 @@ def install(monkeypatch: Any, simulated: Any) -> Recorder:
         else:
             Tape.recording.calls.append((None, launch, None, None))
 
+    def classifier_grad(self: ClassifierGrad, logits: Any, first: int) -> Any:
+        grad = torch.empty(logits.shape, dtype=logits.dtype)
+        if Tape.recording is None:
+            self.launch(logits, grad, first)
+        else:
+            Tape.recording.calls.append((None, lambda: self.launch(logits, grad, first), None, None))
+        return grad
+
     recorder = Recorder()
+    monkeypatch.setattr(ClassifierGrad, "__call__", classifier_grad)
     monkeypatch.setattr(native, "C", simulated)
     monkeypatch.setattr(device.CudaStep, "enqueue", enqueue)
     monkeypatch.setattr(backends, "stepper", lambda backend, where: device.CudaStep)

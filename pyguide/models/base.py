@@ -37,11 +37,13 @@ class Model(ABC):
     time_dtype: the dtype that t is converted to if it has another, None if the model takes t as it comes.
     in_channels, out_channels: of x and of the output, None if unknown.
     capturable: whether its calls run on torch's stream, where a CUDA graph can record them.
+    differentiable: whether `with_grad` is to be had.
     """
 
     array: Literal["torch", "numpy"] | None = None
     time_dtype: str | None = None
     capturable = True
+    differentiable = False
     in_channels: int | None = None
     out_channels: int | None = None
 
@@ -58,6 +60,14 @@ class Model(ABC):
     @abstractmethod
     def __call__(self, x: Array, t: Array, /, **cond: Any) -> Array:
         """The model's output [n, C, *] for x [n, C, *] at times t [n]."""
+
+    def with_grad(self, x: Array, t: Array, /, **cond: Any) -> Array:
+        """The same as a part of the caller's autograd graph. TypeError where torch does not run the model."""
+        raise TypeError(f"{type(self).__name__} runs outside of torch, which cannot differentiate it")
+
+    def accepts(self, name: str) -> bool:
+        """Whether a condition of that name has a place among the model's inputs, as far as it tells."""
+        return True
 
     def addresses(self) -> tuple[Any, ...]:
         """Where its weights lie: a CUDA graph reads them there, and is stale once they have moved."""
@@ -77,16 +87,25 @@ class Function(Model):
     One that differentiates inside opens torch.enable_grad() itself, as in any sampling loop.
     """
 
+    differentiable = True
+
     def __init__(self, obj: Any, *, time: Time, inputs: Mapping[str, str], channel_dim: int) -> None:
         super().__init__(obj, time=time, inputs=inputs, channel_dim=channel_dim)
         # Everything that needs the signature happens here, once: inspect.signature costs more than a small model.
         parameters = signature(obj)
         self._keywords = keywords(parameters, self.inputs)
         self._rename = renamed(self.inputs)
+        self._accepted = accepted(parameters)
         self._fixed: dict[str, Any] = {}
 
     def __call__(self, x: Array, t: Array, /, **cond: Any) -> Array:
         return output(self._run(x, t, cond) if isinstance(x, np.ndarray) else self._no_grad(x, t, cond))
+
+    def with_grad(self, x: Array, t: Array, /, **cond: Any) -> Array:
+        return output(self._run(x, t, cond))
+
+    def accepts(self, name: str) -> bool:
+        return self._accepted is None or self._rename.get(name, name) in self._accepted
 
     def _run(self, x: Array, t: Array, cond: dict[str, Any]) -> Any:
         if self._rename:
@@ -163,6 +182,13 @@ def keywords(parameters: Sequence[inspect.Parameter] | None, inputs: Mapping[str
             f"obj: cannot tell x and t among the model's inputs ({', '.join(names)}): name both in `inputs`"
         )
     return x, t
+
+
+def accepted(parameters: Sequence[inspect.Parameter] | None) -> frozenset[str] | None:
+    """The names that a call may give by keyword; None: any, or nobody can tell."""
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 def first(names: Iterable[str], known: Sequence[str]) -> str | None:

@@ -68,6 +68,13 @@ class OnnxSession(Model):
         name = self._types[self._x]
         return name if "float" in name else None
 
+    def accepts(self, name: str) -> bool:
+        try:
+            self._name((name,))
+        except TypeError:
+            return False
+        return True
+
     def __call__(self, x: Array, t: Array, /, **cond: Any) -> Array:
         if self._time_shape is not None:
             t = self._one_time(t)

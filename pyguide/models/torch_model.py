@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, Function, Model, Time, channels, keywords, named_inputs, output, renamed, signature
+from .base import Array, Function, Model, Time, accepted, channels, keywords, named_inputs, output, renamed, signature
 
 
 class TorchModel(Function):
@@ -27,6 +27,7 @@ class TorchModel(Function):
         parameters = _forward_parameters(obj)
         self._keywords = keywords(parameters, self.inputs)
         self._rename = renamed(self.inputs)
+        self._accepted = accepted(parameters)
         # A tuple instead of a dataclass: torch.compile and torch.export break the graph on the latter.
         self._fixed = {"return_dict": False} if any(p.name == "return_dict" for p in parameters or ()) else {}
         self.in_channels, self.out_channels = _config_channels(_innermost(obj))
@@ -81,6 +82,7 @@ class ExportedProgram(TorchModel):
         self._inputs = [name for name in tree if name not in self._constants]
         self._x, self._t = named_inputs(self._inputs, self.inputs)
         self._rename = renamed(self.inputs)
+        self._accepted = frozenset(self._inputs)
         meta = {node.name: node.meta.get("val") for node in obj.graph.nodes}
         x, t = (meta[tree[name].name] for name in (self._x, self._t))
         self._dtype = dtype_name(x.dtype) if x.dtype.is_floating_point else None

@@ -1,22 +1,4 @@
-"""The step and the initial noise as torch operators, for torch.compile(fullgraph=True) and torch.export.
-
-`import pyguide.ops` registers torch.ops.pyguide.step and torch.ops.pyguide.randn. The sampler does not use them, it
-drives the packed kernel itself. Where a sample stands is data (`samples`), so one traced graph serves every row:
-
-    op = pyguide.ops.operands(sampler, noise, seeds=0)
-    written, read = op.written, op.read
-
-    @torch.compile(fullgraph=True)
-    def body():                                                      # op.inputs[0] holds the branches, uncond first
-        torch.ops.pyguide.step(*written, [net(op.inputs[0], op.times[0])], *read)
-
-    with torch.no_grad():                                            # the step is not differentiable
-        torch.ops.pyguide.step(*written, [], *read)                  # row 0: no model output yet
-        for _ in range(sampler.plan.evaluations):
-            body()                                                   # the result is op.state[0]
-
-Registered with Library.define and impl: a call costs a third of what the custom_op decorator costs.
-"""
+"""torch.ops.pyguide.step: one row of the sampler on tensors, and the operands that it takes."""
 
 from __future__ import annotations
 
@@ -27,37 +9,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import arrays, backends, native
-from .device import Resident
-from .extras import require
-from .launch import Launch
-from .layout import SAMPLE, row_width, weights_width
-from .noise import randn as initial_noise
-from .run import Run
-from .sampler import Sampler
+from .. import backends, native
+from ..device import Resident
+from ..launch import Launch
+from ..layout import SAMPLE, row_width, weights_width
+from ..run import Run
+from ..sampler import Sampler
+from .library import FLOATS, LIBRARY, STATES, TAG, Tensor, expect, torch
 
-torch: Any = require("torch")
-Tensor = Any
-Shape = tuple[Any, ...]
-
-FLOATS = tuple(getattr(torch, name) for name in arrays.FLOATS)
-STATES = (torch.float32, torch.float64)
 TIMES = (torch.float32, torch.float64, torch.int64)
 WORDS = SAMPLE.itemsize // 8  # int64 words of a sample
 NOTHING = np.empty(0)  # host copies that a launch on a GPU does without
 NOWHERE = np.empty((0, 0), np.int32)
 
-# a compiler must hand over memory as the program laid it out: the state is walked as one contiguous block
-_TAG = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
-LIBRARY = torch.library.Library("pyguide", "FRAGMENT")
 LIBRARY.define(
     "step(Tensor(a!) state, Tensor(b!)[] inputs, Tensor(c!)[] times, Tensor(d!) samples, Tensor[] outputs, "
     "Tensor table, Tensor weights, Tensor source, Tensor target, *, Tensor? noise=None, Tensor? gradient=None, "
     "Tensor? variance=None, int variance_branch=0, Tensor? bound=None, Tensor(e!)? denoised=None, "
     "int guidance_slots=0, bool check=False, int threads=0) -> ()",
-    tags=(_TAG,),
+    tags=(TAG,),
 )
-LIBRARY.define("randn(Tensor seeds, SymInt[] shape, *, ScalarType? dtype=None) -> Tensor", tags=(_TAG,))
 
 
 class Operands(NamedTuple):
@@ -99,9 +70,9 @@ def operands(sampler: Sampler, noise: Tensor, *, seeds: int | Sequence[int] | No
     """
     if seeds is None and sampler.plan.stochastic_rows:
         raise ValueError("seeds: the plan adds noise; expected one seed a sample, got none")
-    branches = ("cond",) if sampler.guidance is None else sampler.guidance.branches
+    branches = ("cond",) if sampler.cfg is None else sampler.cfg.branches
     conds: dict[str, Any] = {name: {} for name in branches}
-    run = Run(sampler, noise, None, None, conds, seeds, None, None, None, events=False)
+    run = Run(sampler, noise, None, None, conds, seeds, None, None, None, events=False, classify=False)
     if run.is_numpy:
         raise TypeError("noise: expected a torch tensor, got ndarray")
     run.release(to_caller=True)
@@ -115,25 +86,6 @@ def operands(sampler: Sampler, noise: Tensor, *, seeds: int | Sequence[int] | No
 
 
 # ---- checks: of shapes, types and layouts while tracing too, of values where there are values ----------------------
-
-
-def _expect(name: str, tensor: Tensor, dtypes: Sequence[Any], shape: Shape | None, device: Any, layout: str) -> None:
-    """layout: "contiguous", or "walked": the dimensions after the second must be one uniform run."""
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if shape is not None and tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, like the state, got {tensor.device}")
-    if tensor.requires_grad:
-        raise ValueError(f"{name}: requires grad, and the step is not differentiable; detach it")
-    if layout == "contiguous" and not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())}")
-    if layout == "walked" and arrays.merged_strides(tuple(tensor.shape), tensor.stride()) is None:
-        raise ValueError(
-            f"{name}: a kernel cannot walk strides {tuple(tensor.stride())} of shape {tuple(tensor.shape)}; "
-            "expected the dimensions after the second to be one uniform run, as in a contiguous or channels_last tensor"
-        )
 
 
 def _count(name: str, given: int, *allowed: int) -> None:
@@ -179,27 +131,27 @@ def _check_operands(
     _count("inputs", len(inputs), 1, branches)
     _count("times", len(times), len(inputs))
     _count("outputs", len(outputs), 0, 1, branches)
-    _expect("state", state, STATES, None, device, "contiguous")
+    expect("state", state, STATES, None, device, "contiguous")
     for k, (x, t) in enumerate(zip(inputs, times)):
-        _expect(f"inputs[{k}]", x, (inputs[0].dtype,) if k else FLOATS, (*x.shape[:1], *shape[1:]), device, "walked")
-        _expect(f"times[{k}]", t, (times[0].dtype,) if k else TIMES, (x.shape[0],), device, "contiguous")
+        expect(f"inputs[{k}]", x, (inputs[0].dtype,) if k else FLOATS, (*x.shape[:1], *shape[1:]), device, "walked")
+        expect(f"times[{k}]", t, (times[0].dtype,) if k else TIMES, (x.shape[0],), device, "contiguous")
     for k, m in enumerate(outputs):
-        _expect(f"outputs[{k}]", m, (outputs[0].dtype,) if k else FLOATS, (*m.shape[:1], *shape[1:]), device, "walked")
+        expect(f"outputs[{k}]", m, (outputs[0].dtype,) if k else FLOATS, (*m.shape[:1], *shape[1:]), device, "walked")
     if variance is not None:
         if not outputs:
             raise ValueError("variance: it is part of a model's output, and outputs has none")
         read = outputs[variance_branch if len(outputs) > 1 else 0]
-        _expect("variance", variance, (read.dtype,), tuple(read.shape), device, "walked")
+        expect("variance", variance, (read.dtype,), tuple(read.shape), device, "walked")
     for name, operand in (("noise", noise), ("gradient", gradient), ("denoised", denoised)):
         if operand is not None:
-            _expect(name, operand, real, shape, device, "walked")
+            expect(name, operand, real, shape, device, "walked")
     if bound is not None:
-        _expect("bound", bound, real, (batch,), device, "contiguous")
-    _expect("samples", samples, (torch.int64,), (batch, WORDS), device, "contiguous")
-    _expect("table", table, real, None, device, "contiguous")
-    _expect("weights", weights, real, None, device, "contiguous")
-    _expect("source", source, (torch.int32,), (batch, branches), device, "contiguous")
-    _expect("target", target, (torch.int32,), (batch, branches), device, "contiguous")
+        expect("bound", bound, real, (batch,), device, "contiguous")
+    expect("samples", samples, (torch.int64,), (batch, WORDS), device, "contiguous")
+    expect("table", table, real, None, device, "contiguous")
+    expect("weights", weights, real, None, device, "contiguous")
+    expect("source", source, (torch.int32,), (batch, branches), device, "contiguous")
+    expect("target", target, (torch.int32,), (batch, branches), device, "contiguous")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -361,34 +313,5 @@ def _bump(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def _check_randn(seeds: Tensor, shape: Sequence[int], dtype: Any) -> None:
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype: expected {' or '.join(map(str, FLOATS))}, got {dtype}")
-    if seeds.dtype != torch.int64:
-        raise TypeError(f"seeds: expected torch.int64, got {seeds.dtype}")
-    if len(shape) == 0 or tuple(seeds.shape) != tuple(shape[:1]):
-        raise ValueError(f"seeds: expected one per sample of shape {tuple(shape)}, got shape {tuple(seeds.shape)}")
-
-
-def randn(seeds: Tensor, shape: Sequence[int], *, dtype: Any = None) -> Tensor:
-    """Initial noise [B, C, *] on the device of seeds [B]: the same numbers as pyguide.randn(seeds, shape).
-
-    seeds: int64, the bits of unsigned 64-bit seeds. dtype: float32 unless given.
-    Raises TypeError (dtype) or ValueError (seeds and shape that do not fit).
-    """
-    dtype = torch.float32 if dtype is None else dtype
-    _check_randn(seeds, shape, dtype)
-    bits = [seed % 2**64 for seed in seeds.tolist()]
-    return initial_noise(bits, shape, like=torch.empty(0, dtype=dtype, device=seeds.device))
-
-
-def _fake_randn(seeds: Tensor, shape: Sequence[int], *, dtype: Any = None) -> Tensor:
-    dtype = torch.float32 if dtype is None else dtype
-    _check_randn(seeds, shape, dtype)
-    return seeds.new_empty(shape, dtype=dtype)
-
-
 LIBRARY.impl("step", step, "CompositeExplicitAutograd")
-LIBRARY.impl("randn", randn, "CompositeExplicitAutograd")
 torch.library.register_fake("pyguide::step", _check_operands, lib=LIBRARY)
-torch.library.register_fake("pyguide::randn", _fake_randn, lib=LIBRARY)

@@ -1,0 +1,116 @@
+"""The three forms of classifier guidance as columns q of a plan's rows, or as rows of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..layout import Row, join_row
+from ..path import Floats
+from ..plan import Plan
+
+
+class GuidedPlan(NamedTuple):
+    """A plan whose rows read the gradient g, and who is called at each of its evaluations."""
+
+    plan: Plan
+    model: NDArray[np.bool_]  # [R]
+    classifier: NDArray[np.bool_]  # [R]
+
+    @staticmethod
+    def unguided(plan: Plan) -> GuidedPlan:
+        return GuidedPlan(plan, np.ones(plan.evaluations, bool), np.zeros(plan.evaluations, bool))
+
+
+def guide(plan: Plan, form: str) -> GuidedPlan:
+    """The plan with a classifier's gradient in its rows. ValueError naming form and what the plan lacks for it."""
+    if form == "input":
+        return _input(plan)
+    columns = _score(plan) if form == "score" else _mean(plan)
+    rows = [plan.rows[0], *(row._replace(q=q.tolist()) for row, q in zip(plan.rows[1:], columns, strict=True))]
+    guided = replace(plan, table=np.array([join_row(row) for row in rows]))
+    return GuidedPlan(guided, np.ones(plan.evaluations, bool), (columns != 0).any(axis=1))
+
+
+def _score(plan: Plan) -> Floats:
+    """q [R, M]: D += (sigma^2 / alpha) g and E -= sigma g of the evaluation that a row consumes.
+
+    q_r = d_r sigma^2 / alpha - (e_r / e_m) sigma, with e_m = -alpha a_g / sigma the share of the model's output in E.
+    """
+    if plan.learned_variance:
+        raise ValueError(
+            "form: 'score' cannot be had with a learned variance, which multiplies the gradient; expected 'mean'"
+        )
+    q = np.zeros((plan.evaluations, plan.slots))
+    for i, row in enumerate(plan.rows[1:]):
+        alpha, sigma, d, e = plan.alpha[i], plan.sigma[i], np.array(row.d), np.array(row.e)
+        if np.isfinite([row.clip_lo, row.clip_hi]).any() and e.any():
+            raise ValueError(
+                f"form: 'score' moves D and E together, and row {i + 1} of {plan.solver} takes D clipped and E as it "
+                "was; compile it without clip, or with use_clipped_model_output=True (ddim)"
+            )
+        if alpha == 0:  # pure noise: p(y | x) does not depend on x
+            continue
+        q[i] = d * (sigma**2 / alpha)
+        if e.any():
+            q[i] += e * (sigma**2 / (alpha * row.a_g))
+    return q
+
+
+def _mean(plan: Plan) -> Floats:
+    """q [R, 1]: the variance Sigma of the Gaussian that a row draws from."""
+    if plan.slots > 1 or np.isnan(plan.variance).any():
+        raise ValueError(
+            f"form: 'mean' shifts the mean of a Gaussian transition, and {plan.solver} is not made of such steps; "
+            "expected ddpm, an ancestral solver of one evaluation a step, or form='score'"
+        )
+    if not plan.variance.any():
+        raise ValueError(
+            f"form: 'mean' scales the gradient by the variance of a step, and {plan.solver} adds no noise; "
+            "expected form='score'"
+        )
+    return np.asarray(plan.variance[:, None])
+
+
+def _input(plan: Plan) -> GuidedPlan:
+    """After each step but the last a row x += g, with the classifier alone called at the new x and its timestep."""
+    if plan.slots > 1 and not plan.editable:
+        raise ValueError(
+            f"form: 'input' changes x between the steps of {plan.solver}; compile the plan with editable=True"
+        )
+    order: list[int] = []  # evaluations of the plan
+    model: list[bool] = []
+    rows = [plan.rows[0]]
+    names = [plan.names[0]] if plan.names else []
+    for i, row in enumerate(plan.rows[1:]):
+        order.append(i)
+        model.append(True)
+        rows.append(row)
+        names += plan.names[i + 1 : i + 2]
+        if i + 1 < plan.evaluations and plan.step[i + 1] != plan.step[i]:
+            order.append(i + 1)
+            model.append(False)
+            rows.append(_correction(row, plan.slots))
+            names += plan.names[i + 1 : i + 2]
+    variance = np.where(model, plan.variance[order], np.nan)
+    guided = replace(
+        plan,
+        table=np.array([join_row(row) for row in rows]),
+        variance=variance,
+        names=tuple(names),
+        **{name: getattr(plan, name)[order] for name in ("timestep", "sigma", "alpha", "step")},
+    )
+    called = np.array(model)
+    return GuidedPlan(guided, called, ~called)
+
+
+def _correction(before: Row, slots: int) -> Row:
+    """x += g, everything else as it was; the model's input is due again."""
+    zeros = [0.0] * slots
+    kept = np.eye(slots).tolist()
+    first = [1.0, *zeros[1:]]
+    head = (0.0, 0.0, -np.inf, np.inf, before.c_in, before.timestep, 0.0, 0.0)
+    return Row(*head, kept, zeros, zeros, zeros, first)

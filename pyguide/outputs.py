@@ -1,0 +1,120 @@
+"""What a model returned, as a kernel can read it: checked, and copied only where it must be."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import arrays
+from .arrays import Array
+from .conditions import Call, Routing
+from .launch import Launch
+from .models import Model
+from .plan import Plan
+
+
+class Given(NamedTuple):
+    """The outputs of one evaluation."""
+
+    outputs: list[Array]  # one for all branches, or one per branch (None: not called)
+    variance: Array | None  # the channels that hold the learned variance, of the launch's variance branch
+
+
+class Outputs:
+    """Calls the model for an evaluation of a run."""
+
+    def __init__(self, model: Model, plan: Plan, launch: Launch, batched: bool) -> None:
+        self.model, self.launch, self.batched = model, launch, batched
+        self.is_numpy = isinstance(launch.state, np.ndarray)
+        self.device: Any = None if self.is_numpy else launch.state.device
+        self.dtype: Any = launch.inputs[0].dtype
+        self.spans = tuple({(arrays.pointer(x), arrays.pointer(x) + x.nbytes) for x in launch.inputs})
+        self.learned = plan.learned_variance
+        self.axis = model.channel_dim % launch.inputs[0].ndim
+        self.channels = launch.inputs[0].shape[self.axis]
+        # a model that says of itself that it has a learned variance may be run by a plan that has no use for it
+        self.doubled = self.learned or model.out_channels == 2 * self.channels
+
+    def of(self, routing: Routing) -> Given:
+        """One for all branches, or one per branch."""
+        model, accepted = self.model, self._accepted
+        found = [accepted(model(call.x, call.t, **call.cond), call) for call in routing.calls]
+        if not self.batched:
+            found = self._by_branch(found, routing.calls)
+        if not self.doubled or not found:
+            return Given(found, None)
+        variance = None
+        if self.learned:
+            variance = self._part(found[self.launch.variance_branch if len(found) > 1 else 0], self.channels, None)
+        return Given([None if out is None else self._part(out, None, self.channels) for out in found], variance)
+
+    def _part(self, out: Array, start: int | None, stop: int | None) -> Array:
+        cut: Any = (slice(None),) * self.axis + (slice(start, stop),)
+        part = out[cut]
+        walks = arrays.merged_strides(tuple(part.shape), arrays.strides(part)) is not None
+        return part if walks else arrays.cast(part, arrays.dtype_name(part))
+
+    def _by_branch(self, outputs: list[Array], calls: list[Call]) -> list[Array]:
+        by_branch: list[Array] = [None] * len(self.launch.inputs)
+        for call, output in zip(calls, outputs, strict=True):
+            if output.dtype != outputs[0].dtype:
+                raise TypeError(
+                    f"model: the branches came as {outputs[0].dtype} and {output.dtype}; expected one dtype"
+                )
+            by_branch[call.branch] = output
+        return by_branch
+
+    def _accepted(self, out: Array, call: Call) -> Array:
+        """The model's output, checked; copied only if the kernel cannot walk it or it lies in the model's own input."""
+        if out.dtype != self.dtype or self.doubled or out.shape != call.shape:
+            self._check(out, call)
+        if self.is_numpy:
+            clean = out.flags.c_contiguous and out.flags.aligned and not self._overlaps(out)
+        else:
+            if out.requires_grad or out.device != self.device:
+                self._check(out, call)
+            clean = out.is_contiguous() and not out.is_neg() and not self._overlaps(out)
+        return out if clean else self._walkable(out)
+
+    def _overlaps(self, out: Array) -> bool:
+        """Whether an output lies in a buffer that the kernel will write, as that of a model that returns its input."""
+        if self.is_numpy:
+            return any(np.may_share_memory(out, x) for x in self.launch.inputs)
+        start = out.data_ptr()
+        for low, high in self.spans:  # noqa: SIM110  any() of a generator costs 0.5 us an evaluation
+            if low <= start < high:
+                return True
+        return False
+
+    def _check(self, out: Array, call: Call) -> None:
+        if not arrays.is_array(out) or isinstance(out, np.ndarray) != self.is_numpy:
+            kind = "a numpy array" if self.is_numpy else "a torch tensor"
+            raise TypeError(f"model: expected {kind} as output, like the noise, got {type(out).__name__}")
+        self._check_shape(tuple(out.shape), call.shape)
+        if arrays.dtype_name(out) not in arrays.FLOATS:
+            raise TypeError(f"model: expected an output of {', '.join(arrays.FLOATS)}, got {arrays.dtype_name(out)}")
+        if not self.is_numpy and out.device != self.device:
+            raise ValueError(f"model: expected an output on {self.device}, like the noise, got {out.device}")
+        if not self.is_numpy and out.requires_grad:
+            raise ValueError("model: the output requires grad, and sampling is not differentiable; detach it")
+        self.dtype = out.dtype
+
+    def _check_shape(self, shape: tuple[int, ...], x: tuple[int, ...]) -> None:
+        twice = (*x[: self.axis], 2 * self.channels, *x[self.axis + 1 :])
+        if shape == (twice if self.doubled else x):
+            return
+        expected = f"an output of shape {twice if self.doubled else x}"
+        hint = ""
+        if self.learned:
+            expected += f", {self.channels} channels and as many of its learned variance"
+        elif shape == twice and not self.doubled:
+            hint = (
+                "; twice the channels are a learned variance: compile ddpm with variance='learned_range' (or "
+                "'learned'), or wrap a function that drops them"
+            )
+        raise ValueError(f"model: expected {expected}, got {shape}{hint}")
+
+    def _walkable(self, out: Array) -> Array:
+        walks = arrays.plain(out) and arrays.merged_strides(tuple(out.shape), arrays.strides(out)) is not None
+        return out if walks and not self._overlaps(out) else arrays.cast(out, arrays.dtype_name(out))
