@@ -7,6 +7,7 @@ In y = x / alpha and s = sigma / alpha every path obeys dy/ds = (y - D(y, s)) / 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,10 @@ def path_of_ratios(kind: str, s: Any) -> NoisePath:
     return NoisePath(alpha, sigma, 1e4 + np.arange(len(s) - 1), schedule, s[0] if kind == "edm" else 1.0)
 
 
-def network_of(path: NoisePath, denoise: Any = denoiser) -> Any:
-    """The exact denoiser as a network that predicts x0, at grid points and between them; Heun asks at the end too."""
-    levels = dict(zip([*path.timestep, path.level(path.steps).timestep], zip(path.alpha, path.sigma)))
+def levels_of(path: NoisePath) -> Callable[[float], tuple[float, float]]:
+    """(alpha, sigma) by the timestep that a model is told, at grid points and between; Heun asks at the end too."""
+    levels = {path.level(path.steps).timestep: (path.alpha[-1], path.sigma[-1])}  # a grid may tell it before its end
+    levels |= dict(zip(path.timestep, zip(path.alpha, path.sigma)))
 
     def level(t: float) -> tuple[float, float]:
         if t in levels:
@@ -61,6 +63,13 @@ def network_of(path: NoisePath, denoise: Any = denoiser) -> Any:
             return 1.0, math.exp(4 * t)
         inner = path.at_timestep(t)
         return inner.alpha, inner.sigma
+
+    return level
+
+
+def network_of(path: NoisePath, denoise: Any = denoiser) -> Any:
+    """The exact denoiser as a network that predicts x0."""
+    level = levels_of(path)
 
     def network(x: Any, t: Any) -> Any:
         alpha, sigma = level(float(np.ravel(t)[0]))

@@ -31,6 +31,7 @@ def unet(x, t, encoder_hidden_states):
 GIVEN = {
     "np": np,
     "unet": unet,
+    "classifier": lambda x, t: x.mean((2, 3)) * 5,
     "prompt": torch.ones(4, 7, 16),
     "empty": torch.zeros(4, 7, 16),
     "image": torch.ones(4, 4, 64, 64),
@@ -52,6 +53,26 @@ def test_the_code_of_the_readme_runs(capsys):
 def test_the_code_for_those_who_come_from_diffusers_runs():
     (block,) = blocks("docs/diffusers.md")
     exec(compile(block, "diffusers.md", "exec"), {})
+
+
+def test_the_code_of_the_page_on_classifier_guidance_runs(capsys):
+    namespace: dict[str, Any] = {}
+    for block in blocks("docs/classifier-guidance.md"):
+        namespace["images"] = None
+        exec(compile(block, "classifier-guidance.md", "exec"), namespace)
+        assert torch.isfinite(namespace["images"]).all()
+    assert "19 tensor([" in capsys.readouterr().out
+
+
+def test_the_code_for_those_who_come_from_guided_diffusion_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for block in blocks("docs/guided-diffusion.md"):
+        exec(compile(block, "guided-diffusion.md", "exec"), namespace)
+    with np.load("samples.npz") as file:
+        assert file["arr_0"].shape == (4, 64, 64, 3)
+        assert file["arr_1"].tolist() == namespace["y"].tolist()
+    assert len(capsys.readouterr().out.splitlines()) == 25
 
 
 def test_adding_a_solver_touches_one_file(tmp_path):
