@@ -9,7 +9,17 @@ images = sampler(pyguide.randn(0, (4, 4, 64, 64), like=torch.empty(0)), cond={..
 from . import models, schedules, solvers
 from .compiler import CertificateError, TraceError, compile
 from .graph import CaptureError
-from .guidance import CFG, ClassifierGuidance, GradientGuidance, Guidance
+from .guidance import (
+    CFG,
+    Autoguidance,
+    CFGPlusPlus,
+    ClassifierGuidance,
+    Compose,
+    EditCFG,
+    GradientGuidance,
+    Guidance,
+    PerturbedGuidance,
+)
 from .noise import randn
 from .path import Level, NoisePath
 from .plan import Plan
@@ -28,14 +38,19 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "CFG",
+    "Autoguidance",
+    "CFGPlusPlus",
     "CaptureError",
     "CertificateError",
     "ClassifierGuidance",
+    "Compose",
+    "EditCFG",
     "Event",
     "GradientGuidance",
     "Guidance",
     "Level",
     "NoisePath",
+    "PerturbedGuidance",
     "Plan",
     "Sampler",
     "TraceError",

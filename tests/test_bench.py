@@ -318,9 +318,10 @@ def test_a_tiny_run_prints_tables_and_writes_its_files(tmp_path, capsys):
     assert {row["contender"] for row in steps} >= {"pyguide", "eager", "copy"}
     assert all(len(row["us_rounds"]) == 1 and row["bytes"] == 24 * 32 for row in steps)
     quality = [row for row in rows if "recall" in row]
-    assert {(row["model"], row["scale"]) for row in quality} == {
-        (kind, scale) for kind in ("epsilon", "velocity") for scale in sample.SCALES
-    }
+    found = [(row["model"], row["guidance"], row["scale"]) for row in quality]
+    wanted = [(guidance, scale) for guidance in sample.METHODS for scale in sample.SCALES]
+    wanted.append((sample.CASCADE, sample.CASCADE_SCALE))
+    assert found == [(kind, *row) for kind in ("epsilon", "velocity") for row in wanted]
     assert all(row["threads"] == 1 for row in rows if row["suite"] == "sample")
     assert all(0 < row["outside_share"] < 1 for row in rows if "images_per_s" in row)
 

@@ -18,6 +18,7 @@ from .extras import missing, require
 
 SUITES = ("step", "sample", "accuracy", "compile")  # by default on a CPU
 GPU_SUITES = ("gpu", "step", "sample")  # on a GPU
+ASKED = ("classifier",)  # only when asked for
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (8, 16, 128, 128))
 FULL_SHAPES = (*SHAPES, (4, 4, 64, 64), (1, 16, 128, 128), (1, 4096, 64), (1, 16, 5, 60, 90))
 DTYPES = ("float32", "float16", "bfloat16")
@@ -28,10 +29,10 @@ GRID = Path("digits.png")
 def parser() -> argparse.ArgumentParser:
     text = "Measures pyguide against what else is installed: stock diffusers, eager PyTorch, torch.compile."
     made = argparse.ArgumentParser(prog="python -m pyguide.bench", description=text)
-    suites = dict.fromkeys((*SUITES, *GPU_SUITES))
+    suites = dict.fromkeys((*SUITES, *GPU_SUITES, *ASKED))
     default = f"default: {', '.join(SUITES)}; on a GPU {', '.join(GPU_SUITES)}"
     made.add_argument("--suite", action="append", choices=tuple(suites), help=f"{default}; may be repeated")
-    made.add_argument("--shapes", nargs="+", type=shape, metavar="BxCxHxW", help="of the latents (step)")
+    made.add_argument("--shapes", nargs="+", type=shape, metavar="BxCxHxW", help="of x (step, classifier)")
     made.add_argument("--dtype", action="append", choices=DTYPES, help="of model inputs and outputs (step)")
     made.add_argument(
         "--solver", action="append", choices=tuple(cases.CASES), help=f"default: {', '.join(cases.DEFAULT)}"
@@ -46,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=positive, default=5, help="interleaved rounds, of which the median is shown (5)")
     made.add_argument("--images", type=images, help="digits to sample for each scale (sample)")
     made.add_argument("--steps", type=positive, help="sampling steps of the digits (sample)")
+    made.add_argument(
+        "--guided-diffusion", type=Path, metavar="PATH", help="a checkout of openai/guided-diffusion (classifier)"
+    )
     made.add_argument("--full", action="store_true", help="more shapes and solvers, bfloat16, 50 steps of digits")
     made.add_argument("--no-compile", action="store_true", help="leave out torch.compile and its warm-up")
     rows = "write every row, with what it was measured on; to FILE.jsonl: append them, a line each, as they come"
@@ -92,12 +96,20 @@ def check(options: argparse.Namespace, made: argparse.ArgumentParser) -> None:
     if "gpu" in suites and not (on_gpu or options.dry):
         made.error("argument --suite: gpu measures a GPU: add --device cuda, or --dry to rehearse it here")
     for suite in suites:
+        if on_gpu and suite in ASKED:
+            made.error(f"argument --suite: {suite} measures the CPU: leave out --device {options.device}")
         if on_gpu and suite not in GPU_SUITES:
             made.error(f"argument --suite: {suite} does not depend on the device: leave out --device {options.device}")
     for flag in ("json", "plot", "grid"):
         path = getattr(options, flag)
         if path is not None and not path.absolute().parent.is_dir():
             made.error(f"argument --{flag}: no such folder: {path.absolute().parent}")
+    if options.guided_diffusion is not None:
+        from .peers_classifier import not_there
+
+        why_not = not_there(options.guided_diffusion)
+        if why_not is not None:
+            made.error(f"argument --guided-diffusion: {why_not}")
     if options.plot is not None and not {"step", "sample"} & set(suites):
         made.error("argument --plot: draws the suites step and sample, neither was asked for")
     for package in ("torch", "rich"):
@@ -135,10 +147,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = require("rich.console").Console(width=160)  # in a file nothing need be cut
     notes: list[str] = []
-    from . import gpu, machine, plot, report, summary
+    from . import classifier, gpu, machine, plot, report, summary
 
     lines = options.json is not None and options.json.suffix == ".jsonl"
     rows = measure(options, console, notes, options.json if lines else None)
+    for table in classifier.tables(rows):
+        console.print(table)
     report.show(console, rows)
     facts = machine.facts(options.device)
     written = [str(options.grid)] if any("recall" in row for row in rows) and "matplotlib" in sys.modules else []
@@ -219,6 +233,7 @@ def _suite(suite: str, options: argparse.Namespace, notes: list[str]) -> tuple[i
     """(number of parts, the parts) of a suite."""
     suites: dict[str, Callable[[argparse.Namespace, list[str]], tuple[int, Parts]]]
     suites = {"gpu": _gpu, "step": _step, "sample": _sample, "accuracy": _accuracy, "compile": _compile}
+    suites["classifier"] = _classifier
     return suites[suite](options, notes)
 
 
@@ -248,6 +263,20 @@ def _step(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
     return len(shapes) * len(dtypes) * len(solvers), parts
 
 
+def _classifier(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
+    from . import classifier, step
+    from .peers_classifier import CASES
+
+    shapes, checkout = options.shapes or classifier.SHAPES, options.guided_diffusion
+    why = "--no-compile was given" if options.no_compile else step.compile_error()
+    if why is not None:
+        notes.append(f"No comparison with torch.compile: {why}")
+    if checkout is None:
+        notes.append(classifier.WITHOUT)
+    parts = classifier.run(shapes, checkout=checkout, rounds=options.rounds, compile_missing=why)
+    return len(shapes) * len(CASES), parts
+
+
 def _sample(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
     from . import digits, sample
     from .clock import clock_for
@@ -258,7 +287,8 @@ def _sample(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
     if missing("matplotlib") is not None:
         notes.append(f"No picture of the digits: {missing('matplotlib')}")
         grid = None
-    total = len(digits.KINDS) * (len(sample.BATCHES) + len(sample.SCALES)) + (grid is not None)
+    rows = len(sample.METHODS) * len(sample.SCALES) + 1  # the second stage
+    total = len(digits.KINDS) * (len(sample.BATCHES) + rows) + (grid is not None)
     clock = clock_for(options.device)
     return total, sample.run(steps=steps, count=count, rounds=options.rounds, grid=grid, clock=clock)
 

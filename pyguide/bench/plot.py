@@ -56,10 +56,14 @@ def _bars(axis: Any, rows: Rows, shape: tuple[int, ...], dtype: str) -> None:
 
 
 def _curves(axis: Any, rows: Rows, model: str) -> None:
-    scales = [row["scale"] for row in rows]
-    for name in ("accuracy", "recall"):
-        axis.plot(scales, [row[name] for row in rows], marker="o", label=name)
+    """A colour for each method of guidance."""
+    for number, guidance in enumerate(dict.fromkeys(row["guidance"] for row in rows)):
+        here = [row for row in rows if row["guidance"] == guidance]
+        scales, colour = [row["scale"] for row in here], f"C{number}"
+        axis.plot(scales, [row["accuracy"] for row in here], "-o", color=colour, label=guidance)
+        axis.plot(scales, [row["recall"] for row in here], "--s", color=colour)
     axis.set_xlabel("guidance scale")
+    axis.set_ylabel("accuracy (solid, dots), recall (dashed, squares)")
     axis.set_ylim(0, 1.05)
     axis.set_title(f"digits, {model}, {rows[0]['images']} samples")
     axis.legend(fontsize="small")

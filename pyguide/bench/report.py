@@ -84,9 +84,9 @@ def _quality_table(rows: Rows) -> Any:
         return None
     names = ("accuracy", "recall", "precision", "frechet")
     title = f"Guidance on the digits, {found[0]['images']} samples, {found[0]['steps']} steps"
-    table = _table(title, "model", "scale", *names)
+    table = _table(title, "model", "guidance", "scale", *names)
     for row in found:
-        table.add_row(row["model"], f"{row['scale']:g}", *(f"{row[name]:.3f}" for name in names))
+        table.add_row(row["model"], row["guidance"], f"{row['scale']:g}", *(f"{row[name]:.3f}" for name in names))
     return table
 
 

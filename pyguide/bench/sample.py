@@ -1,4 +1,7 @@
-"""Suite `sample`: the digits models end to end. Images per second, and what guidance does to fidelity and diversity."""
+"""Suite `sample`: the digits models end to end. Images per second, and what guidance does to fidelity and diversity.
+
+Classifier-free and classifier guidance on the same scales, and a second stage, 16 x 16, above the latter.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ from typing import Any
 
 from .. import schedules
 from ..compiler import compile
-from ..guidance import CFG
+from ..guidance import CFG, ClassifierGuidance, Guidance
 from ..noise import randn
 from ..plan import Plan
 from ..sampler import Sampler
 from . import digits
 from .clock import Clock, HostClock
 from .digits import judge
+from .digits.data import shrink
 from .extras import missing, require
 from .timing import interleaved
 
@@ -25,7 +29,17 @@ IMAGES = 2000  # recall depends on the number: this is the one that the goals ar
 BATCHES = (1, 100)  # of the runs that are timed
 SPEED_SCALE = 2.0
 TOLERANCE = 1e-3  # of stock diffusers' images from pyguide's: a network amplifies the rounding of 25 steps
-GRID_LINES = 2  # images of each class in the grid
+GRID_LINES = 2  # images of each class and model in the grid
+CASCADE_SCALE = 4.0  # of the classifier guidance below the second stage
+CASCADE_STEPS = 10  # of the second stage, whose condition leaves little open: 25 come no closer to its targets
+
+Scaled = Callable[[Any, float], Guidance | ClassifierGuidance]
+METHODS: dict[str, Scaled] = {  # (classifier, scale) -> guidance; scale 0 is no guidance by labels in the first two
+    "CFG": lambda classifier, scale: CFG(scale),
+    "classifier": lambda classifier, scale: ClassifierGuidance(classifier, scale, cfg=CFG(0.0)),
+    "classifier, conditional": lambda classifier, scale: ClassifierGuidance(classifier, scale, cfg=CFG(1.0)),
+}
+CASCADE = "classifier, 16x16"  # judged at 8 x 8, by the means of 2 x 2 pixels
 
 
 def plan(kind: digits.Kind, steps: int, *, clip: bool = True) -> Plan:
@@ -53,6 +67,13 @@ def images(sampler: Sampler, count: int, device: str = "cpu") -> Any:
     noise = randn(0, (count, *digits.SHAPE), like=torch.empty(0, device=device))
     cond = labels(count, device)
     return sampler(noise, cond={"labels": cond}, uncond={"labels": torch.full_like(cond, digits.NULL)})
+
+
+def enlarged(low: Any) -> Any:
+    """The second stage: samples [B, 1, 16, 16] given those of the first [B, 1, 8, 8], on their device."""
+    net = digits.load_upsampler().to(low.device)
+    noise = randn(1, (len(low), *digits.LARGE), like=low)  # other seeds than those of the first stage
+    return Sampler(net, plan("epsilon", CASCADE_STEPS))(noise, cond={"low_res": low})
 
 
 def stock_images(net: Any, kind: digits.Kind, steps: int, scale: float, count: int, device: str = "cpu") -> Any:
@@ -151,38 +172,51 @@ def run(
     grid: Path | None = None,
     clock: Clock | None = None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(what was measured, its rows); writes the grid of images, ten classes against scales, at the end.
+    """(what was measured, its rows); writes the grid of images, ten classes of each model against scales, at the end.
 
-    A row of quality: suite, model, scale, images, steps, accuracy, recall, precision, frechet; rows of `speed` beside
-    them. One thread: for layers this small more of them are slower.
+    A row of quality: suite, model, guidance, scale, images, steps, accuracy, recall, precision, frechet; rows of
+    `speed` beside them. One thread: for layers this small more of them are slower.
     """
     torch, clock = require("torch"), HostClock() if clock is None else clock
     for package in ("sklearn", "safetensors"):
         require(package)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    bands: list[Any] = []
-    names: list[str] = []
+    bands: dict[str, list[Any]] = {}
     try:
         for kind in digits.KINDS:
-            net, clipped = digits.load(kind).to(clock.device), plan(kind, steps)
             for batch in BATCHES:
                 yield f"{kind} speed, batch {batch}", speed(kind, steps, batch=batch, rounds=rounds, clock=clock)
-            for scale in scales:
-                made = images(Sampler(net, clipped, CFG(scale)), count, clock.device).cpu()
-                bands.append(made[: 10 * GRID_LINES])
-                names.append(f"{kind} {scale:g}")
-                found = {
-                    "suite": "sample",
-                    "threads": 1,
-                    "model": kind,
-                    "scale": scale,
-                    "images": count,
-                    "steps": steps,
-                }
-                yield f"{kind} scale {scale:g}", [{**found, **judge.evaluate(made, labels(count))}]
+            for row, made in quality(kind, steps, count, scales, clock.device):
+                name = f"{row['guidance']} {row['scale']:g}"
+                bands.setdefault(name, []).append(made[: 10 * GRID_LINES].unflatten(0, (GRID_LINES, 10)))
+                yield f"{kind} {name}", [row]
         if grid is not None:
-            judge.grid(bands, grid, row_labels=names, title="Ten classes against guidance scale")
+            lines = [torch.cat(models, 1).flatten(0, 1) for models in bands.values()]  # the models side by side
+            title = f"Ten classes against guidance scale: {' | '.join(digits.KINDS)}"
+            judge.grid(lines, grid, row_labels=list(bands), column_labels="0123456789" * len(digits.KINDS), title=title)
             yield f"wrote {grid}", []
     finally:
         torch.set_num_threads(threads)
+
+
+def quality(
+    kind: digits.Kind, steps: int, count: int, scales: Sequence[float] = SCALES, device: str = "cpu"
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """(row, its images) of one model: every method at every scale, then the second stage above CASCADE_SCALE."""
+    net, classifier = digits.load(kind).to(device), digits.load_classifier(kind).to(device)
+    clipped, low = plan(kind, steps), None
+
+    def row(guidance: str, scale: float, judged: Any) -> dict[str, Any]:
+        what = {"suite": "sample", "threads": 1, "model": kind, "guidance": guidance, "scale": scale}
+        return {**what, "images": count, "steps": steps, **judge.evaluate(judged, labels(count))}
+
+    for name, method in METHODS.items():
+        for scale in scales:
+            made = images(Sampler(net, clipped, method(classifier, scale)), count, device)
+            if name == "classifier" and scale == CASCADE_SCALE:
+                low = made
+            yield row(name, scale, made.cpu()), made.cpu()
+    if low is not None:
+        large = enlarged(low).cpu()
+        yield row(CASCADE, CASCADE_SCALE, shrink(large)), large

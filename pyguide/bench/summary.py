@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import classifier
 from .cases import DEFAULT
 from .step import COMPILE, COPY, EAGER, KERNEL, SAMPLER, STOCK
 
@@ -111,13 +112,13 @@ def goals(rows: Rows) -> list[Goal]:
         times = [row["ms"] for row in rows if row["suite"] == "compile" and row["steps"] == steps]
         if times:
             found.append(Goal(f"{steps} steps compile, slowest solver", limit, max(times), True, " ms"))
-    for row in rows:
-        if "accuracy" in row and row["scale"] == 2:
-            found.append(Goal(f"digits, {row['model']}: class accuracy at scale 2", 0.97, row["accuracy"], unit=""))
-    for model, recalls in _recalls(rows).items():
-        if 1 in recalls and 4 in recalls:
-            lost = recalls[1] - recalls[4]
-            found.append(Goal(f"digits, {model}: recall at scale 4 below scale 1 by", 0.15, lost, unit=""))
+    for model in dict.fromkeys(row["model"] for row in rows if "recall" in row):
+        found += _guidance_goals(rows, model)
+    for shape in classifier.shapes_of(rows):
+        faster = classifier.ratios(rows, shape, classifier.GUIDED)
+        if faster:
+            what = f"{'x'.join(map(str, shape))}: outside the models faster than guided-diffusion, slowest sampler"
+            found.append(Goal(what, 5, min(faster.values())))
     return found
 
 
@@ -125,11 +126,24 @@ def _deterministic(values: dict[str, float]) -> dict[str, float]:
     return {solver: value for solver, value in values.items() if solver in DEFAULT}
 
 
-def _recalls(rows: Rows) -> dict[str, dict[float, float]]:
-    found: dict[str, dict[float, float]] = {}
-    for row in rows:
-        if "recall" in row:
-            found.setdefault(row["model"], {})[row["scale"]] = row["recall"]
+def _guidance_goals(rows: Rows, model: str) -> list[Goal]:
+    """Of classifier-free guidance, then of classifier guidance on the unconditional model, if the scales were run."""
+    quality = [row for row in rows if "recall" in row and row["model"] == model]
+    free, guided = ({r["scale"]: r for r in quality if r["guidance"] == name} for name in ("CFG", "classifier"))
+    what, found = f"digits, {model}", []
+    if 2 in free:
+        found.append(Goal(f"{what}: class accuracy at scale 2", 0.97, free[2]["accuracy"], unit=""))
+    if 1 in free and 4 in free:
+        lost = free[1]["recall"] - free[4]["recall"]
+        found.append(Goal(f"{what}: recall at scale 4 below scale 1 by", 0.15, lost, unit=""))
+    what += ", classifier"
+    if 0 in guided:
+        found.append(Goal(f"{what}: class accuracy unguided", 0.15, guided[0]["accuracy"], True, ""))
+    if 2 in guided:
+        found.append(Goal(f"{what}: class accuracy at scale 2", 0.95, guided[2]["accuracy"], unit=""))
+    if 1 in guided and 8 in guided:
+        lost = guided[1]["recall"] - guided[8]["recall"]
+        found.append(Goal(f"{what}: recall at scale 8 below scale 1 by", 0.1, lost, unit=""))
     return found
 
 
@@ -157,6 +171,7 @@ def paragraph(rows: Rows, notes: Sequence[str] = (), files: Sequence[str] = ()) 
     said += _unrest(rows)
     for shape, dtype in groups(rows):
         said.append(_step_sentence(rows, shape, dtype))
+    said += [_classifier_sentence(rows, shape) for shape in classifier.shapes_of(rows)]
     said += _end_to_end(rows)
     gains = [row["ratio"] for row in rows if row["suite"] == "accuracy" and row["ratio"] is not None]
     if gains:
@@ -197,9 +212,21 @@ def _step_sentence(rows: Rows, shape: Sequence[int], dtype: str) -> str:
     return text + (f" There it loses to {', '.join(lost)}." if lost else "")
 
 
+def _classifier_sentence(rows: Rows, shape: Sequence[int]) -> str:
+    own = [here[SAMPLER]["us"] for here in classifier.by_contender(rows, shape).values()]
+    parts = [f"{geometric_mean(own):.0f} us (geometric mean of {len(own)} samplers)"]
+    for name, label in classifier.PEERS.items():
+        found = classifier.ratios(rows, shape, name)
+        if found:
+            gain = geometric_mean(found.values())
+            parts.append(f"{max(gain, 1 / gain):.1f} times {'less' if gain >= 1 else 'more'} than {label}")
+    at = "x".join(map(str, shape))
+    return f"At {at} classifier guidance takes pyguide, outside of the models, {', '.join(parts)}."
+
+
 def _unrest(rows: Rows) -> list[str]:
     """A warning where many of the numbers did not repeat."""
-    timed = [row for row in rows if row["suite"] == "step"]
+    timed = [row for row in rows if row["suite"] in ("step", "classifier")]
     loose = sum(row["us_p80"] > STEADY * row["us_p20"] for row in timed)
     if 10 * loose < len(timed) or not loose:
         return []
@@ -233,7 +260,8 @@ def _guidance(rows: Rows) -> list[str]:
     if not quality:
         return []
     said = []
-    for model in dict.fromkeys(row["model"] for row in quality):
-        parts = [f"{r['scale']:g}: {r['accuracy']:.2f}/{r['recall']:.2f}" for r in quality if r["model"] == model]
-        said.append(f"{model} {', '.join(parts)}")
+    for model, guidance in dict.fromkeys((row["model"], row["guidance"]) for row in quality):
+        here = [row for row in quality if (row["model"], row["guidance"]) == (model, guidance)]
+        parts = [f"{row['scale']:g}: {row['accuracy']:.2f}/{row['recall']:.2f}" for row in here]
+        said.append(f"{model} {guidance} {', '.join(parts)}")
     return [f"Class accuracy / recall of {quality[0]['images']} digits by guidance scale: {'; '.join(said)}."]

@@ -5,8 +5,22 @@ model evaluation; a branch whose weight is exactly 0 is not run at all. Classifi
 classifier to the rows themselves, with or without branches.
 """
 
+from . import scales
 from .base import Guidance, Scale
-from .cfg import CFG
+from .branches import Autoguidance, Compose, EditCFG, PerturbedGuidance
+from .cfg import CFG, CFGPlusPlus
 from .classifier import ClassifierGuidance, GradientGuidance
 
-__all__ = ["CFG", "ClassifierGuidance", "GradientGuidance", "Guidance", "Scale"]
+__all__ = [
+    "CFG",
+    "Autoguidance",
+    "CFGPlusPlus",
+    "ClassifierGuidance",
+    "Compose",
+    "EditCFG",
+    "GradientGuidance",
+    "Guidance",
+    "PerturbedGuidance",
+    "Scale",
+    "scales",
+]

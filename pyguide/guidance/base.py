@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..path import Floats
 from ..plan import Plan
 
 Scale = Any  # a number, an array [B], or a function (step, steps) -> number
+Checked = Floats | Callable[[int, int], float]
 
 
-class Scheduled(ABC):
+class Scheduled:
     """A scale, and the steps in which it acts: what classifier-free and classifier guidance share.
 
     scale: a number, one per sample [B], or a function of (step, steps).
@@ -38,30 +39,38 @@ class Scheduled(ABC):
                 raise ValueError(f"{name}: expected (low, high) with low <= high, got {pair!r}")
         if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"interval: expected fractions of the steps in [0, 1], got {interval!r}")
-        self.scale: Floats | Callable[[int, int], float] = scale if callable(scale) else _finite(scale)
+        self.scale = checked("scale", scale)
         self.interval, self.sigma_interval = interval, sigma_interval
 
     def scales(self, plan: Plan, batch: int) -> Floats:
         """The scale of every evaluation and sample, [R, B] float64; `neutral` outside the intervals."""
+        return self.scheduled("scale", self.scale, plan, batch, self.neutral)
+
+    def scheduled(self, name: str, scale: Checked, plan: Plan, batch: int, outside: float) -> Floats:
+        """A scale of every evaluation and sample, [R, B]; `outside` outside the intervals."""
         steps = plan.steps
-        if callable(self.scale):
-            values = {step: _finite(self.scale(step, steps)) for step in dict.fromkeys(plan.step.tolist())}
+        if callable(scale):
+            values = {step: _finite(name, scale(step, steps)) for step in dict.fromkeys(plan.step.tolist())}
             if any(value.ndim for value in values.values()):
-                raise ValueError("scale: a function of (step, steps) must return a number")
+                raise ValueError(f"{name}: a function of (step, steps) must return a number")
             column = np.array([float(values[step]) for step in plan.step.tolist()])
             table = np.broadcast_to(column[:, None], (plan.evaluations, batch))
         else:
-            if self.scale.ndim and self.scale.shape != (batch,):
-                raise ValueError(f"scale: expected a number or one per sample ({batch}), got shape {self.scale.shape}")
-            table = np.broadcast_to(self.scale, (plan.evaluations, batch))
+            if scale.ndim and scale.shape != (batch,):
+                raise ValueError(f"{name}: expected a number or one per sample ({batch}), got shape {scale.shape}")
+            table = np.broadcast_to(scale, (plan.evaluations, batch))
+        return np.where(self.acting(plan)[:, None], table, outside)
+
+    def acting(self, plan: Plan) -> NDArray[np.bool_]:
+        """[R] which evaluations lie inside the intervals."""
         acting = np.ones(plan.evaluations, bool)
         if self.interval is not None:
-            part = plan.step / steps
+            part = plan.step / plan.steps
             acting &= (part >= self.interval[0]) & (part < self.interval[1])
         if self.sigma_interval is not None:
             start = plan.sigma[np.searchsorted(plan.step, plan.step)]  # of the first evaluation of the step
             acting &= (start > self.sigma_interval[0]) & (start <= self.sigma_interval[1])
-        return np.where(acting[:, None], table, self.neutral)
+        return acting
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(scale={self.scale})"
@@ -73,13 +82,15 @@ class Guidance(Scheduled):
     scale: 1 is purely conditional, 0 purely unconditional, more is stronger; the papers' w is scale - 1. Outside
         `interval` and `sigma_interval` (see `Scheduled`) the method is purely conditional: the other branches are not
         run.
+    batched: call the model once for all branches (stacked, unconditional first), or once per branch.
     space: where the branches are combined. For weights that sum to 1 the spaces are equal, each prediction being an
         affine map of the others at the same x.
     """
 
     neutral = 1.0
     branches: tuple[str, ...] = ("uncond", "cond")
-    batched: bool = True
+    models: Mapping[str, Any] = {}  # of branches that another model is called for
+    defaults: Mapping[str, str] = {}  # branches whose conditions are those of another one unless they are given
 
     def __init__(
         self,
@@ -88,21 +99,32 @@ class Guidance(Scheduled):
         interval: tuple[float, float] | None = None,
         sigma_interval: tuple[float, float] | None = None,
         space: Literal["model", "denoised", "v"] = "model",
+        batched: bool = True,
     ) -> None:
         super().__init__(scale, interval=interval, sigma_interval=sigma_interval)
         if space not in ("model", "denoised", "v"):
             raise ValueError(f'space: expected "model", "denoised" or "v", got {space!r}')
-        self.space = space
+        self.space, self.batched = space, bool(batched)
 
-    @abstractmethod
-    def weights(self, scale: Floats) -> Floats:
-        """Weights [..., K] of the branches at scales [...]; a weight of exactly 0 drops the branch."""
+    def table(self, plan: Plan, batch: int) -> Floats:
+        """Weights [R, B, K] of the branches; one of exactly 0 drops the branch. Here those of two branches."""
+        scale = self.scales(plan, batch)
+        return np.stack([1.0 - scale, scale], axis=-1)
+
+    def second(self, plan: Plan, batch: int) -> Floats | None:
+        """Weights [R, B, K] of U, what the noise estimate is made of, if it is another combination than G."""
+        return None
 
 
-def _finite(scale: Any) -> Floats:
-    if isinstance(scale, str):
-        raise TypeError(f"scale: expected a number, one per sample, or a function (step, steps), got {scale!r}")
+def checked(name: str, scale: Scale) -> Checked:
+    """A scale as float64, or as the function that it is; ValueError or TypeError naming it."""
+    return scale if callable(scale) else _finite(name, scale)
+
+
+def _finite(name: str, scale: Any) -> Floats:
+    if isinstance(scale, (str, Mapping)):
+        raise TypeError(f"{name}: expected a number, one per sample, or a function (step, steps), got {scale!r}")
     values = np.array(scale.tolist() if hasattr(scale, "tolist") else scale, np.float64)
     if values.ndim > 1 or not np.isfinite(values).all():
-        raise ValueError(f"scale: expected a finite number, one per sample, or a function, got {scale!r}")
+        raise ValueError(f"{name}: expected a finite number, one per sample, or a function, got {scale!r}")
     return values

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho, Salimans 2022)."""
+"""Classifier-free guidance (Ho, Salimans 2022), and CFG++."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from ..path import Floats
+from ..plan import Plan
 from .base import Guidance, Scale
 
 
@@ -18,6 +19,17 @@ class CFG(Guidance):
     batched: call the model once for all branches (stacked, unconditional first), or once per branch.
     """
 
+
+class CFGPlusPlus(Guidance):
+    """The clean sample from G = u + scale (c - u), the noise to renoise it with from u alone: DDIM's
+
+        x' = alpha' D(G) + sigma' E(u)
+
+    scale: lambda in [0, 1]; 0 is the unconditional model. For solvers that take both the clean sample and the noise of
+    an evaluation: compile("ddim", path, noise_apart=True), or ddim with a clip; anything else is a ValueError.
+    Source: Chung et al. 2024 (CFG++), algorithm 2.
+    """
+
     def __init__(
         self,
         scale: Scale,
@@ -27,8 +39,21 @@ class CFG(Guidance):
         space: Literal["model", "denoised", "v"] = "model",
         batched: bool = True,
     ) -> None:
-        super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space)
-        self.batched = bool(batched)
+        super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space, batched=batched)
+        if not callable(self.scale) and ((self.scale < 0) | (self.scale > 1)).any():
+            raise ValueError(f"scale: expected a lambda in [0, 1], got {scale!r}")
 
-    def weights(self, scale: Floats) -> Floats:
-        return np.stack([1.0 - scale, scale], axis=-1)
+    def second(self, plan: Plan, batch: int) -> Floats:
+        if not any(any(row.d) and any(row.e) for row in plan.rows):
+            raise ValueError(
+                f"guidance: CFG++ needs a plan of both the clean sample and the noise, and that of {plan.solver} has "
+                'one of them; expected one such as compile("ddim", path, noise_apart=True)'
+            )
+        scales = self.scales(plan, batch)
+        if (scales < 0).any() or (scales > 1).any():
+            raise ValueError(f"scale: expected a lambda in [0, 1], got {scales.min():g} to {scales.max():g}")
+        own = np.zeros((*scales.shape, 2))
+        acting = self.acting(plan)
+        own[acting, :, 0] = 1.0  # u
+        own[~acting, :, 1] = 1.0  # outside the intervals the conditional model, alone
+        return own

@@ -45,8 +45,8 @@ def evaluate(images: Any, labels: Any) -> dict[str, float]:
         raise ValueError(f"images: more than {NEIGHBOURS} samples are needed, got {len(samples)}")
     if np.shape(labels) != (len(samples),):
         raise ValueError(f"labels must have shape ({len(samples)},), got {np.shape(labels)}")
-    real = _pixels(data.everything().images)
-    precision, recall = _precision_recall(real, samples)
+    real = _real()
+    precision, recall = _precision_recall(samples)
     return {
         "accuracy": float(np.mean(classify(images) == np.asarray(labels))),
         "recall": recall,
@@ -77,17 +77,29 @@ def _pixels(images: Any) -> npt.NDArray[np.float64]:
     return array.reshape(len(array), -1)
 
 
-def _precision_recall(real: npt.NDArray[np.float64], fake: npt.NDArray[np.float64]) -> tuple[float, float]:
+@cache
+def _real() -> npt.NDArray[np.float64]:
+    return _pixels(data.everything().images)
+
+
+@cache
+def _real_radius() -> npt.NDArray[np.float64]:
+    return _radius(_real())
+
+
+def _radius(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The distance [N] of each point to its k-th nearest neighbour."""
+    pairwise = require("sklearn.metrics").pairwise_distances(points)
+    # Entry k, not k - 1: the smallest distance of a point is the one to itself.
+    radius: npt.NDArray[np.float64] = np.partition(pairwise, NEIGHBOURS, axis=1)[:, NEIGHBOURS]
+    return radius
+
+
+def _precision_recall(fake: npt.NDArray[np.float64]) -> tuple[float, float]:
     """(share of fake within real's manifold, share of real within fake's); a manifold is a union of k-NN balls."""
-    pairwise = require("sklearn.metrics").pairwise_distances
-    distance = pairwise(real, fake)  # [real, fake]
-    radius_real, radius_fake = (
-        # Entry k, not k - 1: the smallest distance of a point is the one to itself.
-        np.partition(pairwise(points), NEIGHBOURS, axis=1)[:, NEIGHBOURS]
-        for points in (real, fake)
-    )
-    precision = np.mean((distance <= radius_real[:, None]).any(0))
-    recall = np.mean((distance <= radius_fake[None, :]).any(1))
+    distance = require("sklearn.metrics").pairwise_distances(_real(), fake)  # [real, fake]
+    precision = np.mean((distance <= _real_radius()[:, None]).any(0))
+    recall = np.mean((distance <= _radius(fake)[None, :]).any(1))
     return float(precision), float(recall)
 
 
@@ -114,7 +126,8 @@ def grid(
     """Writes a PNG of samples: a row for each setting (guidance scale), a column for each class.
 
     Args:
-        rows: for each setting images [k * columns, 1, 8, 8], the classes in turn (0, .., 9, 0, ..): k lines of digits.
+        rows: for each setting images [k * columns, 1, H, W], the classes in turn (0, .., 9, 0, ..): k lines of digits,
+            as wide as those of the other settings, whatever their H and W.
         path: where the PNG is written.
         row_labels: a label for each row, such as "scale 4".
         column_labels: a label for each column.
@@ -128,9 +141,11 @@ def grid(
         raise ValueError(f"row_labels: expected one for each of {len(rows)} rows (at least 1), got {len(row_labels)}")
     bands = [_band(images, columns) for images in rows]
     # A Figure of its own instead of pyplot: no global state, no display.
-    size = (0.05 * bands[0].shape[1] + 1.2, 0.05 * sum(map(len, bands)) + 0.7)  # inches, 0.05 a pixel
+    shapes = [len(band) / band.shape[1] for band in bands]
+    width = 0.05 * bands[0].shape[1]  # inches, 0.05 a pixel of the first row
+    size = (width + 1.2, width * sum(shapes) + 0.7)
     figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(bands), 1, squeeze=False, height_ratios=[len(band) for band in bands])[:, 0]
+    axes = figure.subplots(len(bands), 1, squeeze=False, height_ratios=shapes)[:, 0]
     for axis, band, label in zip(axes, bands, row_labels):
         axis.imshow(band, cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
@@ -144,10 +159,10 @@ def grid(
 
 
 def _band(images: Any, columns: int) -> Images:
-    """[k * columns, 1, 8, 8] -> one image [k * 10, columns * 10], a blank pixel around each digit."""
+    """[k * columns, 1, H, W] -> one image [k * (H + 2), columns * (W + 2)], a blank pixel around each digit."""
     array = np.asarray(images, np.float32)
-    if array.shape[1:] != SHAPE or not len(array) or len(array) % columns:
-        raise ValueError(f"rows: expected images [k * {columns}, 1, 8, 8], got {array.shape}")
+    if array.ndim != 4 or array.shape[1] != 1 or not array.size or len(array) % columns:
+        raise ValueError(f"rows: expected images [k * {columns}, 1, H, W], got {array.shape}")
     tiles = np.pad(array[:, 0], ((0, 0), (1, 1), (1, 1)), constant_values=-1)
     _, height, width = tiles.shape
     return tiles.reshape(-1, columns, height, width).transpose(0, 2, 1, 3).reshape(-1, columns * width)

@@ -21,7 +21,7 @@ from pyguide.bench.digits import KINDS, NULL, SHAPE, Kind
 TRAIN_STEPS = 1000  # timesteps lie in [0, 999] (epsilon) or [0, 1000] (velocity)
 
 
-class _Level(nn.Module):
+class Level(nn.Module):
     """Timestep [B] -> (alpha, sigma) [B] of the variance-preserving x, any number in the range of timesteps."""
 
     lam: Tensor  # [1000] log(alpha / sigma) at each timestep
@@ -45,7 +45,7 @@ class _Level(nn.Module):
         return torch.sigmoid(2 * lam).sqrt(), torch.sigmoid(-2 * lam).sqrt()
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """x + MLP(norm(x) * (1 + gain) + shift), gain and shift from the embedding: the identity before training."""
 
     def __init__(self, width: int, hidden: int, embed: int, dropout: float) -> None:
@@ -61,6 +61,25 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         gain, shift = self.modulate(embedding).chunk(2, -1)
         return cast(Tensor, x + self.down(self.drop(F.silu(self.up(self.norm(x) * (1 + gain) + shift)))))
+
+
+class Embed(nn.Module):
+    """Noise level [B] -> embedding [B, embed], by the angle whose cosine is alpha and whose sine is sigma.
+
+    The angle is finite at both ends, where log(alpha / sigma) is not, and it is what the cosine schedule is linear in.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, embed: int) -> None:
+        super().__init__()
+        # Half a turn to 16 turns over the quarter circle from data to noise, as in `DigitsNet`.
+        self.register_buffer("frequencies", 2 * torch.logspace(0, 5, 24, base=2.0), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(48, embed), nn.SiLU(), nn.Linear(embed, embed), nn.SiLU())
+
+    def forward(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        angle = torch.atan2(sigma, alpha)[:, None] * self.frequencies
+        return cast(Tensor, self.mlp(torch.cat([angle.cos(), angle.sin()], -1)))
 
 
 class DigitsNet(nn.Module):
@@ -81,7 +100,7 @@ class DigitsNet(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         self.kind = kind
-        self.level = _Level(kind)
+        self.level = Level(kind)
         pixels = math.prod(SHAPE)
         # Half a turn to 16 turns over the whole range of t: smooth between any two timesteps.
         frequencies = math.pi / TRAIN_STEPS * torch.logspace(0, 5, 24, base=2.0)
@@ -89,7 +108,7 @@ class DigitsNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(48, embed), nn.SiLU(), nn.Linear(embed, embed))
         self.label = nn.Embedding(NULL + 1, embed)
         self.first = nn.Linear(pixels, width)
-        self.blocks = nn.ModuleList(_Block(width, hidden, embed, drop) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width, hidden, embed, drop) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.last = nn.Linear(width, pixels)
 
