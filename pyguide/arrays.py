@@ -127,6 +127,11 @@ def plain(array: Array) -> bool:
     return not array.is_neg()
 
 
+def walkable(array: Array) -> bool:
+    """Whether a kernel can read [B, C, *] where it lies."""
+    return plain(array) and merged_strides(tuple(array.shape), strides(array)) is not None
+
+
 def merged_strides(shape: Sequence[int], steps: Sequence[int]) -> tuple[int, int, int] | None:
     """(batch, channel, inner) strides of [B, C, *] if its inner dimensions are one uniform run, else None."""
     inner, run = None, 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from .arrays import Array
 from .classifier_grad import ClassifierGrad
 from .conditions import Cond, Routing, check
 from .extras import require
-from .graph import frozen, keep
+from .graph import addresses, frozen, keep
 from .guidance import ClassifierGuidance, GradientGuidance
 from .layout import C_IN, SAMPLE
 from .models import Model
@@ -50,7 +51,8 @@ class Gradient(ABC):
         self.buffers, self.captured = run.buffers, run.sampler.cuda_graph
         self.x: Array = like  # the state, seen by what differentiates it
         self.is_numpy, self.real = run.is_numpy, arrays.dtype_name(run.launch.state)
-        self.scales, self.tables = scales, dict[str, Array]()
+        self.dtype = run.dtype  # in which x is seen
+        self.scales, self.tables, self.times = scales, dict[str, Array](), dict[int, Array]()
         c_in = run.plan.table[:-1, C_IN]
         self.scaled = guidance.scaled and bool((c_in != 1).any())
         if self.scaled:
@@ -65,8 +67,12 @@ class Gradient(ABC):
 
     def _place(self, name: str, values: Floats) -> None:
         """A table [R + 1, B] where the gradient is computed."""
+        with np.errstate(over="ignore"):
+            rounded = values.astype(self.real)
+        if not np.isfinite(rounded).all():
+            raise ValueError(f"scale: expected numbers that {self.real} holds, got {np.abs(values).max():g}")
         buffer = self.buffers.array(f"classifier {name}", values.shape, self.real, self.x)
-        arrays.copy_into(buffer, arrays.from_numpy(values.astype(self.real), self.x))
+        arrays.copy_into(buffer, arrays.from_numpy(rounded, self.x))
         self.tables[name] = buffer
 
     def _row(self, name: str, i: int, first: int, count: int) -> Array:
@@ -79,6 +85,13 @@ class Gradient(ABC):
             row = table.gather(0, step.resident.samples[:, ROW].long()[None])[0]
         return row[first : first + count].reshape(spread)
 
+    def _told(self, routing: Routing) -> Array:
+        """[B] the times of an evaluation: the same view for all that call the same."""
+        held = self.times.get(id(routing))
+        if held is None:
+            held = self.times[id(routing)] = self._times(routing)
+        return held
+
     def _times(self, routing: Routing) -> Array:
         """[B] what the model is told at this evaluation: all samples of a run stand at one row."""
         call = routing.calls[0] if routing.calls else None
@@ -90,11 +103,24 @@ class Gradient(ABC):
         first = times[:1]
         return np.broadcast_to(first, (self.batch,)) if isinstance(first, np.ndarray) else first.expand(self.batch)
 
-    def _walkable(self, g: Array) -> Array:
+    def _readable(self, g: Array) -> Array:
         """g as a kernel can read it beside the state that it writes."""
-        walks = arrays.plain(g) and arrays.merged_strides(tuple(g.shape), arrays.strides(g)) is not None
         apart = not arrays.pointer(self.x) <= arrays.pointer(g) < arrays.pointer(self.x) + self.x.nbytes
-        return g if walks and apart and arrays.dtype_name(g) == self.real else arrays.cast(g, self.real)
+        readable = apart and arrays.walkable(g) and arrays.dtype_name(g) == self.real
+        return g if readable else arrays.cast(g, self.real)
+
+    def _untouched(self, t: Array, version: tuple[Any, ...]) -> None:
+        """x and t are read by the model after this: ValueError if somebody's function has written to them."""
+        if self._versions(t) != version:
+            raise ValueError(
+                f"{self.name}: wrote to x or t in place, which are the sampler's and not its own: copy them"
+            )
+
+    def _versions(self, t: Array) -> tuple[Any, ...]:
+        """Counters that move with every write, where arrays have one; of numpy's the times themselves."""
+        if isinstance(t, np.ndarray):
+            return (t.tobytes(),)
+        return tuple(tensor._version for tensor in (self.x, t) if not tensor.is_inference())
 
     def key(self) -> tuple[Any, ...]:
         """What of it is baked into a captured graph."""
@@ -112,25 +138,38 @@ class GivenGradient(Gradient):
 
     def __init__(self, run: Run, guidance: GradientGuidance, cond: Cond, scales: Floats) -> None:
         super().__init__(run, guidance, run.launch.state[0], scales)
-        self.cond = keep(cond, self.buffers, self.x, ("classifier",)) if self.captured else dict(cond)
+        self.cond = _kept(cond, self)
 
     def key(self) -> tuple[Any, ...]:
-        return (*super().key(), self.guidance.gradient, frozen(self.cond))
+        return (*super().key(), id(self.guidance.gradient), addresses(self.guidance.gradient), frozen(self.cond))
 
     def __call__(self, i: int, routing: Routing) -> Array:
-        x = self.x if self.is_numpy else self.x.detach()
+        if self.is_numpy:
+            return self._called(i, self.x, self._told(routing))
+        with sys.modules["torch"].no_grad():
+            return self._called(i, self.x.detach(), self._told(routing))
+
+    def _called(self, i: int, x: Array, t: Array) -> Array:
         c_in = self._row("c_in", i, 0, self.batch) if self.scaled else None
-        g = self.guidance.gradient(x if c_in is None else x * c_in, self._times(routing), **self.cond)
+        seen = x if c_in is None else x * c_in
+        seen = seen if self.dtype == self.real else arrays.cast(seen, self.dtype)
+        version = self._versions(t)
+        g = self.guidance.gradient(seen, t, **self.cond)
+        self._untouched(t, version)
         if not arrays.is_array(g) or isinstance(g, np.ndarray) != self.is_numpy:
             raise TypeError(f"gradient: expected {type(x).__name__}, like the noise, got {type(g).__name__}")
         if tuple(g.shape) != tuple(x.shape):
             raise ValueError(f"gradient: expected shape {tuple(x.shape)}, like x, got {tuple(g.shape)}")
+        if arrays.dtype_name(g) not in arrays.FLOATS:
+            raise TypeError(f"gradient: expected {', '.join(arrays.FLOATS)}, got {arrays.dtype_name(g)}")
+        if not self.is_numpy and g.device != x.device:
+            raise ValueError(f"gradient: expected a tensor on {x.device}, like the noise, got {g.device}")
         g = g if self.is_numpy else g.detach()
         if c_in is not None:
             g = g * c_in
         if self.weighed:
             g = g * self._row("scales", i, 0, self.batch)
-        return self._walkable(g)
+        return self._readable(g)
 
 
 class AutogradGradient(Gradient):
@@ -142,11 +181,6 @@ class AutogradGradient(Gradient):
         super().__init__(run, guidance, arrays.tensor(state) if run.is_numpy else state.detach(), scales)
         self.chunk = min(guidance.chunk or self.batch, self.batch)
 
-    @property
-    def dtype(self) -> str | None:
-        """In which x is seen; None: as it is."""
-        return None
-
     @abstractmethod
     def forward(self, x: Array, t: Array, first: int) -> Array:
         """What is differentiated, for samples first .. first + len(x)."""
@@ -156,19 +190,30 @@ class AutogradGradient(Gradient):
         """The gradient of scale * log p(y | x) (of -scale * loss) with respect to it."""
 
     def __call__(self, i: int, routing: Routing) -> Array:
-        t = self._times(routing)
+        t = self._told(routing)
+        version = self._versions(t)
         if self.chunk == self.batch:
-            g = self._part(i, self.x, t, 0)
+            g = self._readable(self._part(i, self.x, t, 0))
         else:
-            cuts = [slice(first, first + self.chunk) for first in range(0, self.batch, self.chunk)]
-            g = self.torch.cat([self._part(i, self.x[cut], t[cut], cut.start) for cut in cuts])
+            g = self.buffers.array("classifier gradient", tuple(self.x.shape), self.real, self.x)
+            for first in range(0, self.batch, self.chunk):
+                cut = slice(first, first + self.chunk)
+                g[cut] = self._part(i, self.x[cut], t[cut], first)
+        self._untouched(t, version)
         return g.numpy() if self.is_numpy else g
 
     def _part(self, i: int, x: Array, t: Array, first: int) -> Array:
-        torch, leaf = self.torch, x.detach().requires_grad_(True)
+        torch = self.torch
+        if not torch.is_inference_mode_enabled() and not x.is_inference():
+            return self._differentiated(i, x.detach().requires_grad_(True), t, first)
+        with torch.inference_mode(False):  # whose tensors no backward pass may read
+            return self._differentiated(i, x.clone().requires_grad_(True), t.clone(), first)
+
+    def _differentiated(self, i: int, leaf: Array, t: Array, first: int) -> Array:
+        torch = self.torch
         with torch.enable_grad():
-            seen = leaf * self._row("c_in", i, first, len(leaf)) if self.scaled else leaf
-            if self.dtype is not None and self.dtype != self.real:
+            seen = leaf * self._row("c_in", i, first, len(leaf)).clone() if self.scaled else leaf
+            if self.dtype != self.real:
                 seen = seen.to(getattr(torch, self.dtype))
             out = self.forward(seen, t, first)
         if not arrays.is_torch(out):
@@ -178,10 +223,12 @@ class AutogradGradient(Gradient):
                 f"{self.name}: is not differentiable: its output does not require grad (it runs without grad, or "
                 "detaches x)"
             )
-        (g,) = torch.autograd.grad(out, leaf, self.seed(out.detach(), i, first, len(leaf)), allow_unused=True)
+        with torch.no_grad():
+            seed = self.seed(out.detach(), i, first, len(leaf))
+        (g,) = torch.autograd.grad(out, leaf, seed, allow_unused=True)
         if g is None:
             raise ValueError(f"{self.name}: its output does not depend on x, so that the gradient is None")
-        return self._walkable(g)
+        return g
 
 
 class LossGradient(AutogradGradient):
@@ -191,12 +238,11 @@ class LossGradient(AutogradGradient):
 
     def __init__(self, run: Run, guidance: ClassifierGuidance, cond: Cond, scales: Floats) -> None:
         super().__init__(run, guidance, scales)
-        kept = keep(cond, self.buffers, self.x, ("classifier",)) if self.captured else dict(cond)
-        self.cond: Cond = from_numpy(kept, "cpu") if self.is_numpy else kept
+        self.cond: Cond = from_numpy(cond, "cpu") if self.is_numpy else _kept(cond, self)
         self.shared = bool((scales == scales[:, :1]).all())
 
     def key(self) -> tuple[Any, ...]:
-        return (*super().key(), self.guidance.loss, frozen(self.cond))
+        return (*super().key(), id(self.guidance.loss), addresses(self.guidance.loss), frozen(self.cond))
 
     def forward(self, x: Array, t: Array, first: int) -> Array:
         assert self.guidance.loss is not None
@@ -221,7 +267,8 @@ class ClassifierGradient(AutogradGradient):
 
     def __init__(self, run: Run, guidance: ClassifierGuidance, model: Model, cond: Cond, scales: Floats) -> None:
         super().__init__(run, guidance, scales)
-        self.model, self.classes = model, 0  # unknown until it has been called
+        self.model, self.sampler, self.dtype = model, run.sampler, model.dtype or run.dtype
+        self.classes = 0  # checked against
         if "labels" not in cond:
             raise ValueError(
                 'labels: expected what the classifier is to see, as cond["labels"] or conds["classifier"]["labels"], '
@@ -238,14 +285,12 @@ class ClassifierGradient(AutogradGradient):
         checked = run.launch.check
         where = run.launch.samples, resident
         self.kernel = ClassifierGrad(run.backend, self.target, self.tables["scales"], log_prob, *where, check=checked)
+        if self.sampler.classes:  # from an earlier run: a graph will not ask again
+            self._check_labels(self.sampler.classes)
 
     @property
     def weighed(self) -> bool:
         return True  # its kernel reads the scales
-
-    @property
-    def dtype(self) -> str | None:
-        return self.model.dtype
 
     def key(self) -> tuple[Any, ...]:
         return (*super().key(), self.model, self.model.addresses(), tuple(self.target.shape), self.target.dtype)
@@ -261,16 +306,23 @@ class ClassifierGradient(AutogradGradient):
         return self.kernel(out, first)
 
     def _check(self, logits: Array) -> None:
-        classes, width = logits.shape[1], self.target.shape[1]
+        classes = logits.shape[1]
         if arrays.dtype_name(logits) not in arrays.FLOATS:
             raise TypeError(f"classifier: expected logits of {', '.join(arrays.FLOATS)}, got {logits.dtype}")
         if logits.device != self.x.device:
             raise ValueError(f"classifier: expected logits on {self.x.device}, like the noise, got {logits.device}")
+        largest = float(np.abs(self.scales).max())
+        if largest > self.torch.finfo(logits.dtype).max:
+            raise ValueError(f"scale: expected numbers that the classifier's {logits.dtype} holds, got {largest:g}")
+        self._check_labels(classes)
+        self.classes = self.sampler.classes = classes
+
+    def _check_labels(self, classes: int) -> None:
+        width = self.target.shape[1]
         if self.kernel.distribution and width != classes:
             raise ValueError(f"labels: expected a distribution over {classes} classes, got one over {width}")
         if not self.kernel.distribution and self.highest >= classes:
             raise ValueError(f"labels: expected classes below {classes}, which the classifier has, got {self.highest}")
-        self.classes = classes
 
 
 def _target(labels: Any, batch: int, like: Array, real: str) -> tuple[Array, int]:
@@ -282,17 +334,26 @@ def _target(labels: Any, batch: int, like: Array, real: str) -> tuple[Array, int
         got = f"shape {tuple(labels.shape)}" if arrays.is_array(labels) else type(labels).__name__
         raise ValueError(f"labels: expected classes [B], several [B, n], or a distribution [B, classes], got {got}")
     check("cond", {"labels": labels}, batch)
-    values = labels if isinstance(labels, np.ndarray) else labels.detach().cpu().double().numpy()
-    if (labels.dtype.kind == "f") if isinstance(labels, np.ndarray) else labels.dtype.is_floating_point:
+    probabilities = arrays.dtype_name(labels) in arrays.FLOATS
+    values = labels if isinstance(labels, np.ndarray) else labels.detach().cpu()
+    if probabilities:
+        values = values if isinstance(values, np.ndarray) else values.double().numpy()
         if values.ndim != 2 or not np.isfinite(values).all() or (values < 0).any():
             raise ValueError("labels: a distribution is [B, classes] of finite numbers, none of them negative")
         return arrays.from_numpy(values.astype(real), like), -1
     if "int" not in arrays.dtype_name(labels):
         raise TypeError(f"labels: expected integers (classes) or floating point (a distribution), got {labels.dtype}")
-    values = values.astype(np.int64).reshape(batch, -1)
+    values = np.asarray(values).astype(np.int64).reshape(batch, -1)
     for b in np.flatnonzero((values < 0).all(axis=1)):
         raise ValueError(f"labels: expected classes from 0, and sample {b} has {values[b].tolist()}")
     return arrays.from_numpy(values, like), int(values.max())
+
+
+def _kept(cond: Cond, gradient: Gradient) -> dict[str, Any]:
+    """The conditions, where a graph finds those of every run if there is one."""
+    if not gradient.captured:
+        return dict(cond)
+    return keep(cond, gradient.buffers, gradient.x, ("classifier",), 'conds["classifier"]')
 
 
 def _samples(cond: Mapping[str, Any], first: int, count: int, batch: int) -> dict[str, Any]:

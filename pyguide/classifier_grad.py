@@ -6,6 +6,8 @@ kernels/classifier_grad_triton.py are its twins.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,48 +19,45 @@ from .layout import NONFINITE_LOGITS
 Tensor = Any
 
 
-def launch(
+def bind(
     backend: str,
-    logits: Tensor,  # [n, classes]
+    logits: Tensor,  # [n, classes], or one like it
     target: Tensor,  # [B, n] int64 labels, negative: none; or [B, classes] in the dtype of the scales
     scales: Tensor,  # [rows, B] float32 or float64
-    grad: Tensor,  # like logits, contiguous; written
     log_prob: Tensor | None = None,  # [B] in the dtype of the scales; written
     *,
     samples: Array | None = None,  # of the launch, where the kernel reads them: whose scale is that of their row
     first: int = 0,  # the sample of logits[0]
     check: bool = False,
-) -> None:
-    """The kernel of a fused back end ("native", "triton"), on the current stream of a GPU."""
+) -> Callable[[Tensor, Tensor], None]:
+    """launch(logits, grad): the kernel of a fused back end ("native", "triton") on the current stream of a GPU, for
+    logits of that shape, strides and dtype; grad [n, classes], contiguous and of that dtype, is written.
+
+    What does not change from launch to launch is looked up here: it costs ten times a small launch.
+    """
     if backend == "triton":
         from .device import launch_triton
 
-        kernel = launch_triton().classifier_grad
-        kernel(logits, target, scales, samples=samples, first=first, grad=grad, log_prob=log_prob, check=check)
-        return
+        options: dict[str, Any] = {"samples": samples, "first": first, "log_prob": log_prob, "check": check}
+        triton = launch_triton().classifier_grad
+        return lambda logits, grad: triton(logits, target, scales, grad=grad, **options)
     assert native.C is not None
-    on_device = logits.device.type == "cuda"
-    native.C.classifier_grad(
-        logits.data_ptr(),
-        arrays.dtype_name(logits),
-        *logits.shape,
-        *logits.stride(),
-        target.data_ptr(),
-        target.dtype == scales.dtype,
-        target.shape[1],
-        target.stride(0),
-        scales.data_ptr(),
-        arrays.dtype_name(scales),
-        scales.stride(0) if len(scales) > 1 else 0,
-        0 if samples is None else arrays.pointer(samples),
-        first,
-        grad.data_ptr(),
-        0 if log_prob is None else log_prob.data_ptr(),
-        check,
-        0,
-        (logits.device.index or 0) if on_device else -1,
-        arrays.current_stream(logits.device),
+    kernel, device = native.C.classifier_grad, logits.device
+    on_device = device.type == "cuda"
+    given = (
+        *(arrays.dtype_name(logits), *logits.shape, *logits.stride()),
+        *(target.data_ptr(), target.dtype == scales.dtype, target.shape[1], target.stride(0)),
+        *(scales.data_ptr(), arrays.dtype_name(scales), scales.stride(0) if len(scales) > 1 else 0),
+        *(0 if samples is None else arrays.pointer(samples), first),
     )
+    alive = target, scales, log_prob, samples  # as long as the launch, which has their addresses
+    rest = (0 if log_prob is None else log_prob.data_ptr(), check, 0, (device.index or 0) if on_device else -1)
+
+    def run(logits: Tensor, grad: Tensor, alive: Any = alive) -> None:
+        stream = arrays.current_stream(device) if on_device else 0
+        kernel(logits.data_ptr(), *given, grad.data_ptr(), *rest, stream)
+
+    return run
 
 
 class ClassifierGrad:
@@ -84,29 +83,34 @@ class ClassifierGrad:
         self.backend, self.target, self.scales, self.log_prob = backend, target, scales, log_prob
         self.samples, self.resident, self.check = samples, resident, check
         self.distribution = scales.dtype == target.dtype
+        self._launches: dict[Any, Callable[[Tensor, Tensor], None]] = {}
 
     def __call__(self, logits: Tensor, first: int) -> Tensor:
         """The gradient [n, classes] in the dtype of the logits [n, classes] of samples first .. first + n."""
         if self.backend == "reference":
             return self._reference(logits, first)
-        import torch
-
-        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        grad = logits.new_empty(logits.shape)
         self.launch(logits, grad, first)
         return grad
 
     def launch(self, logits: Tensor, grad: Tensor, first: int) -> None:
         """The kernel alone; grad [n, classes] is written."""
-        samples = self.samples if self.resident is None else self.resident
-        options: dict[str, Any] = {"samples": samples, "first": first, "check": self.check}
-        launch(self.backend, logits, self.target, self.scales, grad, self.log_prob, **options)
+        key = logits.shape, logits.stride(), logits.dtype, first
+        launch = self._launches.get(key)
+        if launch is None:
+            samples = self.samples if self.resident is None else self.resident
+            options: dict[str, Any] = {"samples": samples, "first": first, "check": self.check}
+            launch = bind(self.backend, logits, self.target, self.scales, self.log_prob, **options)
+            self._launches[key] = launch
+        launch(logits, grad)
 
     def _reference(self, logits: Tensor, first: int) -> Tensor:
         here = slice(first, first + len(logits))
         rows = self.samples["row"][here].tolist()
         scale = self.scales[rows, list(range(first, first + len(rows)))]
         grad, log_prob = reference.classifier_grad(logits, self.target[here], scale)
-        self.log_prob[here] = log_prob
+        with sys.modules["torch"].inference_mode(self.log_prob.is_inference()):
+            self.log_prob[here] = log_prob
         if self.check:
             bad = ~(logits < np.inf).all(dim=1)
             self.samples["flags"][here] |= NONFINITE_LOGITS * bad.cpu().numpy()

@@ -31,6 +31,7 @@ def compile(
     prediction: str = "epsilon",
     clip: float | tuple[float, float] | None = None,
     editable: bool = False,
+    noise_apart: bool = False,
     **options: Any,
 ) -> Plan:
     """Compile a sampler into a table that one kernel can run.
@@ -42,6 +43,8 @@ def compile(
     clip: bound of the predicted clean sample, a number or (low, high).
     editable: keep the plan exact when the caller changes x between rows (`blend`), as the solver run with arrays would
         be if its input to the model were changed in place.
+    noise_apart: keep the noise estimate apart from the clean sample, as a clip does: for CFGPlusPlus, which makes them
+        of different combinations of the branches.
     options: the solver's own.
 
     Raises ValueError or TypeError naming the argument, TraceError (a TypeError) naming the row for a solver that is not
@@ -51,7 +54,7 @@ def compile(
     low, high = clip_bounds(clip)
     run = prepare(solver, path, options)
     function, path, options = run.function, run.path, run.options
-    record = trace(function, path, clipped=clip is not None, editable=editable, **options)
+    record = trace(function, path, clipped=clip is not None or noise_apart, editable=editable, **options)
     rows = realize(record, path.init_scale)
     if not rows.residual <= LIMIT:
         raise CertificateError(
@@ -65,7 +68,7 @@ def compile(
         timestep=np.array([level.timestep for level in record.levels]),
         sigma=np.array([level.sigma for level in record.levels]),
         alpha=np.array([level.alpha for level in record.levels]),
-        variance=_variance(record, rows),
+        variance=_variance(record),
         step=_steps(record.levels, path),
         end=(end.alpha, end.sigma),
         slots=rows.T.shape[1],
@@ -158,16 +161,10 @@ def _logarithms(record: Trace, i: int) -> tuple[float, float]:
     return variance.low if variance.low or variance.high else ALMOST_ZERO, variance.high
 
 
-def _variance(record: Trace, rows: Realization) -> Floats:
-    """Sigma of rows 1 .. R: as the solver states it (`Output.gaussian`), 1 where it is learned.
-
-    A solver that states none is Gaussian in every row if x is its only state and each step one evaluation: n^2.
-    """
-    R = len(record.inputs)
-    if not record.variances:
-        gaussian = rows.T.shape[1] == 1 and record.path.steps == R
-        return rows.n[1:, 0] ** 2 if gaussian else np.full(R, np.nan)
-    stated = [record.variances.get(i, np.nan) for i in range(1, R + 1)]
+def _variance(record: Trace) -> Floats:
+    """Sigma of rows 1 .. R: as the solver states it (`Output.gaussian`), 1 where it is learned, NaN where it is not
+    stated."""
+    stated = [record.variances.get(i, np.nan) for i in range(1, len(record.inputs) + 1)]
     return np.array([1.0 if isinstance(variance, LearnedVariance) else variance for variance in stated])
 
 

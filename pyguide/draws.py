@@ -9,14 +9,25 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array
+from .layout import TAG_STEP
+from .noise import stream
 from .plan import Plan
 
 
 class Draws:
     """Noise from outside for the noisy rows of a plan: supplied arrays, generators, or the global generator."""
 
-    def __init__(self, plan: Plan, like: Array, generator: Any, noises: Sequence[Array] | None) -> None:
-        self.like, self.generator = like, generator
+    def __init__(
+        self,
+        plan: Plan,
+        like: Array,
+        generator: Any,
+        noises: Sequence[Array] | None,
+        seeds: Sequence[int] | None = None,
+        ordinals: Sequence[int] = (),
+    ) -> None:
+        """seeds: of the samples, for rows whose draws are known by other ordinals [R + 1] than their own index."""
+        self.like, self.generator, self.seeds, self.ordinals = like, generator, seeds, ordinals
         self.order = {row: k for k, row in enumerate(plan.stochastic_rows)}
         self.noises = None if noises is None else list(noises)
         shape = tuple(like.shape)
@@ -35,7 +46,10 @@ class Draws:
 
     def fill(self, buffer: Array, row: int) -> None:
         """Standard normals of a noisy row into buffer [B, C, *]."""
-        if self.noises is not None:
+        if self.seeds is not None:
+            drawn = stream(self.seeds, tuple(buffer.shape), buffer, self.ordinals[row], TAG_STEP)
+            arrays.copy_into(buffer, drawn)
+        elif self.noises is not None:
             arrays.copy_into(buffer, self.noises[self.order[row]])
         elif isinstance(self.generator, (list, tuple)):
             for place, generator in zip(buffer, self.generator, strict=True):

@@ -39,6 +39,7 @@ class Graph(NamedTuple):
 
     replay: Callable[[], None]
     memory: int  # bytes of device memory that it added to its pool
+    gradient: Array | None = None  # where it leaves a classifier's
 
 
 class Site:
@@ -58,7 +59,9 @@ class CapturedLoop:
         step: Any = run.step
         settings = (run.wants_events, run.launch.check, step.supplied, run.backend, autocast(run.device))
         guided = None if run.gradient is None else run.gradient.key()
-        self.common = (settings, step.resident.layout, run.model, run.model.addresses(), guided)
+        models = run.sampler.branch_models
+        addresses = tuple(model.addresses() for model in models)
+        self.common = (settings, step.resident.layout, models, addresses, guided)
         self.ready: dict[int, Graph] = {}
         self.rows = run.launch.samples["row"]  # the host's copy: all samples of a run stand at one row
 
@@ -69,6 +72,7 @@ class CapturedLoop:
         if graph is None:
             graph = self.ready[id(routing)] = self._graph(i, routing)
         graph.replay()
+        self.run.launch.attach(graph.gradient, None)
         self.rows += 1
 
     def _graph(self, i: int, routing: Routing) -> Graph:
@@ -93,7 +97,7 @@ class CapturedLoop:
             run.buffers.site = Site(run.device)
         graph = record(warm_up, lambda: step.enqueue(run.evaluate(i, routing)), run.buffers.site)
         step.refresh()  # a model may have written into its inputs
-        return graph
+        return graph._replace(gradient=run.launch.gradient if routing.guided else None)
 
 
 def autocast(device: Any) -> tuple[bool, Any]:
@@ -159,7 +163,13 @@ def broken_call(error: BaseException) -> str:
     return f"`{linecache.getline(file, line).strip()}` in {name} ({file}:{line}): {error}"
 
 
-def keep(cond: Cond, buffers: Buffers, like: Array, name: tuple[Any, ...]) -> dict[str, Any]:
+def addresses(source: Any) -> tuple[Any, ...]:
+    """Where the weights of a callable lie, if it is a module: a graph of it is stale once they have moved."""
+    found = getattr(source, "parameters", None)
+    return tuple((weight.data_ptr(), weight.dtype) for weight in found()) if callable(found) else ()
+
+
+def keep(cond: Cond, buffers: Buffers, like: Array, name: tuple[Any, ...], told: str = "cond") -> dict[str, Any]:
     """Conditions whose tensors are copied into the buffers, where the graphs find those of every run.
 
     TypeError or ValueError naming the condition if it is an array that a graph cannot read.
@@ -167,13 +177,13 @@ def keep(cond: Cond, buffers: Buffers, like: Array, name: tuple[Any, ...]) -> di
     kept: dict[str, Any] = {}
     for key, value in cond.items():
         if isinstance(value, Mapping):
-            kept[key] = keep(value, buffers, like, (*name, key))
+            kept[key] = keep(value, buffers, like, (*name, key), f"{told}[{key!r}]")
         elif isinstance(value, np.ndarray):
-            raise TypeError(f"cond[{key!r}]: expected a tensor on {like.device}, like the noise, got ndarray")
+            raise TypeError(f"{told}[{key!r}]: expected a tensor on {like.device}, like the noise, got ndarray")
         elif arrays.is_torch(value):
             if value.device != like.device:
                 raise ValueError(
-                    f"cond[{key!r}]: expected a tensor on {like.device}, like the noise, got {value.device}"
+                    f"{told}[{key!r}]: expected a tensor on {like.device}, like the noise, got {value.device}"
                 )
             kept[key] = buffers.array(repr((*name, key)), tuple(value.shape), arrays.dtype_name(value), like)
             arrays.copy_into(kept[key], value)

@@ -76,17 +76,22 @@ def randn(seeds: int | Sequence[int], shape: Sequence[int], *, like: Any | None 
     shape = tuple(operator.index(size) for size in shape)
     if not shape or min(shape) < 0:
         raise ValueError(f"shape: expected [B, C, *] with sizes >= 0, got {shape}")
-    count, values = int(np.prod(shape[1:])), check_seeds(seeds, shape[0])
+    return stream(check_seeds(seeds, shape[0]), shape, like, 0, TAG_INITIAL)
+
+
+def stream(seeds: Sequence[int], shape: tuple[int, ...], like: Any | None, ordinal: int, tag: int) -> Any:
+    """Standard normals [B, C, *] of one draw of each sample's stream: what a row with that ordinal adds (TAG_STEP)."""
+    count = int(np.prod(shape[1:]))
     double = like is not None and str(like.dtype).endswith("float64")
     on_cuda = like is not None and arrays.is_torch(like) and like.device.type == "cuda"
     if on_cuda and count and native.C is not None and not native.C.cuda_reason():
-        return _on_cuda(values, shape, like)
+        return _on_cuda(seeds, shape, like, ordinal, tag)
     out = np.empty((shape[0], count), np.float64 if double else np.float32)
-    for sample, seed in zip(out, values, strict=True):
+    for sample, seed in zip(out, seeds, strict=True):
         if native.C is not None and count:
-            native.C.normals(sample.ctypes.data, str(sample.dtype), count, seed, 0, TAG_INITIAL)
+            native.C.normals(sample.ctypes.data, str(sample.dtype), count, seed, ordinal, tag)
         else:
-            sample[:] = normals(seed, count, 0, TAG_INITIAL)
+            sample[:] = normals(seed, count, ordinal, tag)
     out = out.reshape(shape)
     if like is None or isinstance(like, np.ndarray):
         return out if like is None else out.astype(like.dtype, copy=False)
@@ -95,7 +100,7 @@ def randn(seeds: int | Sequence[int], shape: Sequence[int], *, like: Any | None 
     return torch.from_numpy(out).to(device=like.device, dtype=like.dtype)
 
 
-def _on_cuda(seeds: Sequence[int], shape: Sequence[int], like: Any) -> Any:
+def _on_cuda(seeds: Sequence[int], shape: Sequence[int], like: Any, ordinal: int, tag: int) -> Any:
     """The same, made where it is used: one launch a sample."""
     import torch
 
@@ -105,5 +110,5 @@ def _on_cuda(seeds: Sequence[int], shape: Sequence[int], like: Any) -> Any:
     out, stream = torch.empty(tuple(shape), dtype=wide, device=like.device), arrays.current_stream(like.device)
     for sample, seed in zip(out, seeds, strict=True):
         place = (like.device.index or 0, stream, sample.data_ptr(), arrays.dtype_name(sample), sample.numel())
-        native.C.cuda_normals(*place, seed, 0, TAG_INITIAL)
+        native.C.cuda_normals(*place, seed, ordinal, tag)
     return out.to(like.dtype)

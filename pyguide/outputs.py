@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,24 +23,24 @@ class Given(NamedTuple):
 
 
 class Outputs:
-    """Calls the model for an evaluation of a run."""
+    """Calls the models, one for each branch, for an evaluation of a run."""
 
-    def __init__(self, model: Model, plan: Plan, launch: Launch, batched: bool) -> None:
-        self.model, self.launch, self.batched = model, launch, batched
+    def __init__(self, models: Sequence[Model], plan: Plan, launch: Launch, batched: bool) -> None:
+        self.models, self.launch, self.batched = models, launch, batched
         self.is_numpy = isinstance(launch.state, np.ndarray)
         self.device: Any = None if self.is_numpy else launch.state.device
         self.dtype: Any = launch.inputs[0].dtype
         self.spans = tuple({(arrays.pointer(x), arrays.pointer(x) + x.nbytes) for x in launch.inputs})
         self.learned = plan.learned_variance
-        self.axis = model.channel_dim % launch.inputs[0].ndim
+        self.axis = models[0].channel_dim % launch.inputs[0].ndim
         self.channels = launch.inputs[0].shape[self.axis]
         # a model that says of itself that it has a learned variance may be run by a plan that has no use for it
-        self.doubled = self.learned or model.out_channels == 2 * self.channels
+        self.doubled = self.learned or models[0].learned_variance or models[0].out_channels == 2 * self.channels
 
     def of(self, routing: Routing) -> Given:
         """One for all branches, or one per branch."""
-        model, accepted = self.model, self._accepted
-        found = [accepted(model(call.x, call.t, **call.cond), call) for call in routing.calls]
+        models, accepted = self.models, self._accepted
+        found = [accepted(models[call.branch](call.x, call.t, **call.cond), call) for call in routing.calls]
         if not self.batched:
             found = self._by_branch(found, routing.calls)
         if not self.doubled or not found:
@@ -52,8 +53,7 @@ class Outputs:
     def _part(self, out: Array, start: int | None, stop: int | None) -> Array:
         cut: Any = (slice(None),) * self.axis + (slice(start, stop),)
         part = out[cut]
-        walks = arrays.merged_strides(tuple(part.shape), arrays.strides(part)) is not None
-        return part if walks else arrays.cast(part, arrays.dtype_name(part))
+        return part if arrays.walkable(part) else arrays.cast(part, arrays.dtype_name(part))
 
     def _by_branch(self, outputs: list[Array], calls: list[Call]) -> list[Array]:
         by_branch: list[Array] = [None] * len(self.launch.inputs)
@@ -116,5 +116,4 @@ class Outputs:
         raise ValueError(f"model: expected {expected}, got {shape}{hint}")
 
     def _walkable(self, out: Array) -> Array:
-        walks = arrays.plain(out) and arrays.merged_strides(tuple(out.shape), arrays.strides(out)) is not None
-        return out if walks and not self._overlaps(out) else arrays.cast(out, arrays.dtype_name(out))
+        return out if arrays.walkable(out) and not self._overlaps(out) else arrays.cast(out, arrays.dtype_name(out))

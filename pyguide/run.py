@@ -18,7 +18,7 @@ from .draws import Draws
 from .graph import CapturedLoop, keep
 from .guidance import ClassifierGuidance
 from .launch import Launch, Step, place_samples
-from .layout import HEAD, NONFINITE_LOGITS, weights_width
+from .layout import HEAD, NONFINITE_LOGITS, SEPARATE, weights_width
 from .noise import check_seeds
 from .outputs import Outputs
 from .path import Level
@@ -28,6 +28,8 @@ from .solvers.registry import time_dtype
 if TYPE_CHECKING:
     from .sampler import Sampler
 
+Weights = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Event:
@@ -36,7 +38,8 @@ class Event:
     step: the solver step that the evaluation belongs to. row: the evaluation, 0 .. R-1. timestep, sigma: where the
     model was evaluated. x: the new state [B, C, *], a copy, in the dtype of the noise. denoised: the predicted clean
     sample D of this evaluation, a copy. level: alpha, sigma and lam of x: what a known image is noised to before it is
-    blended in.
+    blended in. log_prob: [B] log p(y | x) by the classifier that guided this evaluation, at the x that it saw (with
+    form="input" the new one, before it was moved); None if none did.
     """
 
     step: int
@@ -79,12 +82,14 @@ class Run:
         if len(named) > 1:
             raise ValueError(f"{named[1]}: expected one source of noise, got {' and '.join(named)}")
         self.seeds = None if seeds is None else check_seeds(seeds, self.batch)
-        self.draws = Draws(self.plan, noise, generator, noises)
-        self.noisy = frozenset(self.plan.stochastic_rows if seeds is None else ())
+        ordinals, rows = sampler.guided.ordinals, self.plan.stochastic_rows
+        elsewhere = self.seeds if any(ordinals[row] != row for row in rows) else None
+        self.draws = Draws(self.plan, noise, generator, noises, elsewhere, ordinals)
+        self.noisy = frozenset(rows if seeds is None or elsewhere is not None else ())
         self.batched = sampler.cfg is None or sampler.cfg.batched
         self.branches: tuple[str, ...] = ("cond",) if sampler.cfg is None else sampler.cfg.branches
-        weights = self._weights()
-        active = weights != 0
+        weights, second = self._weights()
+        active = (weights != 0) if second is None else (weights != 0) | (second != 0)
         self.variance_branch = self._keep_variance(active)
         classified = isinstance(sampler.guidance, ClassifierGuidance)
         told = assign(cond, uncond, conds, self.batch, "classifier" if classified else None)
@@ -103,37 +108,41 @@ class Run:
         self._release.atexit = False
         scales, called = self._scales()
         self.routes: list[Routing] = routings(active, self.batched, sampler.guided.model, called)
-        self.launch = self._buffers(weights, called)
+        self.launch = self._buffers(weights, second, called)
         self._bind_calls(by_branch)
-        self.outputs = Outputs(self.model, self.plan, self.launch, self.batched)
+        self.outputs = Outputs(sampler.branch_models, self.plan, self.launch, self.batched)
         self.step = backends.stepper(self.backend, where)(self.launch)
         self.step.use_noise(bool(self.noisy))
         if classify and called.any():
             guidance: Any = sampler.guidance
             seen = told.classifier if told.classifier is not None else told.branches.get("cond", {})
+            if told.classifier is not None and sampler.classifier is not None and set(seen) - {"labels"}:
+                raise ValueError(f'conds["classifier"]: a classifier is told labels, got {sorted(seen)}')
             self.gradient = gradient(self, guidance, sampler.classifier, seen, scales)
         if sampler.cuda_graph:
             self.captured = CapturedLoop(self)
 
     # ---- setting up -------------------------------------------------------------------------------------------
-    def _weights(self) -> NDArray[np.float64]:
-        """Of the branches at every evaluation [R, B, K]; all 0 where only a classifier is called."""
-        cfg, plan = self.sampler.cfg, self.plan
+    def _weights(self) -> tuple[Weights, Weights | None]:
+        """Of the branches at every evaluation [R, B, K], for G and, if that is another combination, for U; all 0 where
+        only a classifier is called."""
+        cfg, plan, called = self.sampler.cfg, self.plan, self.sampler.guided.model[:, None, None]
         if cfg is None:
-            weights = np.ones((plan.evaluations, self.batch, 1))
-        else:
-            weights = cfg.weights(cfg.scales(plan, self.batch))
-            if cfg.space != "model" and not np.allclose(weights.sum(axis=-1), 1):
-                raise ValueError(f"space: {cfg!r} has weights whose sum is not 1; only 'model' is combined")
-        return np.where(self.sampler.guided.model[:, None, None], weights, 0.0)
+            return np.where(called, np.ones((plan.evaluations, self.batch, 1)), 0.0), None
+        weights, second = cfg.table(plan, self.batch), cfg.second(plan, self.batch)
+        if cfg.space != "model" and not np.allclose(weights.sum(axis=-1), 1):
+            raise ValueError(f"space: {cfg!r} has weights whose sum is not 1; only 'model' is combined")
+        return np.where(called, weights, 0.0), None if second is None else np.where(called, second, 0.0)
 
     def _keep_variance(self, active: NDArray[np.bool_]) -> int:
         """The branch whose learned variance the plan reads: the conditional one, which then is always called, or the
         first one if it never is."""
-        last = active.shape[2] - 1
+        last, cfg = active.shape[2] - 1, self.sampler.cfg
         if not self.plan.learned_variance:
             return 0
-        branch = last if active[..., last].any() else int(active.any(axis=(0, 1)).argmax())
+        # by the method and not by the batch: a scale of one's own is looked at as if others were beside it
+        never = not active[..., last].any() and not (cfg is not None and cfg.per_sample)
+        branch = int(active.any(axis=(0, 1)).argmax()) if never else last
         active[self.sampler.guided.model, :, branch] = True
         return branch
 
@@ -147,12 +156,16 @@ class Run:
 
     def _by_branch(self, told: Told, needed: NDArray[np.bool_]) -> list[Cond]:
         """The conditions of each branch; one that is never run needs none."""
-        cfg, given = self.sampler.cfg, told.branches
+        cfg, given = self.sampler.cfg, dict(told.branches)
+        for name, other in ({} if cfg is None else cfg.defaults).items():
+            if other in given:
+                given.setdefault(name, given[other])
         if told.shared and not self.model.accepts("labels"):
             given = {name: {k: v for k, v in value.items() if k != "labels"} for name, value in given.items()}
         unknown = set(given) - set(self.branches)
         if unknown and cfg is None:
-            raise ValueError(f"{min(unknown)}: without guidance there is one branch, cond; give the sampler CFG(scale)")
+            give = "CFG(scale)" if self.sampler.guidance is None else "ClassifierGuidance(..., cfg=CFG(scale))"
+            raise ValueError(f"{min(unknown)}: without guidance there is one branch, cond; give the sampler {give}")
         if unknown:
             raise ValueError(f"conds: the branches are {', '.join(self.branches)}, got {sorted(unknown)}")
         if given and cfg is not None:  # without any, the model tells the branches apart by their place
@@ -161,7 +174,7 @@ class Run:
                     raise ValueError(f"{name}: {cfg!r} runs this branch and needs its conditions ({{}} if none)")
         return [given.get(name, {}) for name in self.branches]
 
-    def _buffers(self, weights: NDArray[np.float64], called: NDArray[np.bool_]) -> Launch:
+    def _buffers(self, weights: Weights, second: Weights | None, called: NDArray[np.bool_]) -> Launch:
         plan, K, S = self.plan, len(self.branches), self.plan.slots
         state_dtype = "float64" if self.dtype == "float64" else "float32"
         array = self.buffers.array
@@ -174,9 +187,12 @@ class Run:
             raise TypeError("noise: the model takes bfloat16, which numpy does not have; give a torch tensor")
         inputs = [array(f"input {k}", input_shape, input_dtype, self.like) for k in range(count)]
         times = [array(f"time {k}", (rows,), told, self.like) for k in range(count)]
-        shared = bool((weights == weights[:, :1]).all())
+        both = weights if second is None else np.concatenate([weights, second], axis=-1)
+        shared = bool((both == both[:, :1]).all())
         blocks = np.zeros((1 if shared else self.batch, plan.evaluations + 1, weights_width(K, S, 0)))
-        blocks[:, 1:, :K] = np.swapaxes(weights[:, :1] if shared else weights, 0, 1)
+        blocks[:, 1:, : both.shape[-1]] = np.swapaxes(both[:, :1] if shared else both, 0, 1)
+        samples = place_samples(self.batch, plan.evaluations + 1, S, self.seeds, 0 if shared else blocks[0].size)
+        samples["flags"] = 0 if second is None else SEPARATE
         nowhere = np.full((self.batch, K), -1, np.int32)  # row 0 reads no output, the last one writes no input
         routes = np.stack([nowhere, *(routing.index for routing in self.routes), nowhere])
         return Launch(
@@ -185,7 +201,7 @@ class Run:
             times=times * (K // count),
             tables=self._table(state_dtype, called),
             weights=blocks.astype(state_dtype).ravel(),
-            samples=place_samples(self.batch, plan.evaluations + 1, S, self.seeds, 0 if shared else blocks[0].size),
+            samples=samples,
             noise=array("noise", self.shape, state_dtype, self.like) if self.noisy else None,
             denoised=array("denoised", self.shape, state_dtype, self.like) if self.wants_events else None,
             source=routes[:-1],
@@ -251,7 +267,7 @@ class Run:
                     number, last, denoised = number + 1, i, self._denoised(i, routing)
                 if i + 1 < len(self.routes) and not self.routes[i + 1].calls:
                     continue  # x is not done: a classifier moves it first
-                event = self._event(number, last, i, denoised) if self.wants_events else None
+                event = self._event(number, last, i, denoised, routing.guided) if self.wants_events else None
                 if callback is not None and event is not None:
                     callback(event)
                 yield event
@@ -290,12 +306,12 @@ class Run:
             D = D + float(plan.sigma[i] ** 2 / plan.alpha[i]) * g
         return arrays.cast(D, self.dtype)
 
-    def _event(self, number: int, evaluation: int, i: int, denoised: Array) -> Event:
+    def _event(self, number: int, evaluation: int, i: int, denoised: Array, guided: bool) -> Event:
         """After row i + 1, the model having been called at `evaluation`, for the `number`-th time."""
         plan, a, g = self.plan, self.launch, self.gradient
         at = (int(plan.step[evaluation]), number, float(plan.timestep[evaluation]), float(plan.sigma[evaluation]))
         x, log_prob = arrays.cast(a.state[0], self.dtype), None
-        if g is not None and g.log_prob is not None:
+        if guided and g is not None and g.log_prob is not None:
             log_prob = arrays.cast(g.log_prob.numpy() if self.is_numpy else g.log_prob, self.dtype)
         event = Event(*at, x=x, denoised=denoised, level=plan.level(i + 1), log_prob=log_prob)
         if self.blend is None:
@@ -314,10 +330,10 @@ class Run:
         if self.sampler.check == "off":
             return
         assert self.step is not None
-        bad = self.step.flagged()
+        bad, logits = self.step.flagged(), self.step.flagged(NONFINITE_LOGITS)
+        bad |= logits  # which need not reach x: a masked class has no gradient
         self.sampler.nonfinite = bad
         if self.sampler.check == "raise" and bad.any():
-            logits = self.step.flagged(NONFINITE_LOGITS)
             if logits.any():
                 raise FloatingPointError(f"classifier: NaN or infinite logits for samples {_listed(logits)}")
             raise FloatingPointError(f"samples {_listed(bad)} met NaN or infinity")

@@ -78,6 +78,8 @@ class Sampler:
         self.cuda_graph = cuda_graph
         self.plan, self.guidance, self.progress = plan, guidance, progress
         self.cfg, self.guided, self.classifier = self._guided(plan, guidance)
+        self._others = self._other_models(self.cfg)  # by branch
+        self.classes = 0  # that the classifier has, once it has been called
         self.backend: Backend = backend
         self.check = check
         self.nonfinite: NDArray[np.bool_] | None = None
@@ -107,7 +109,33 @@ class Sampler:
                 f"classifier: is told time as {classifier.time!r}, and the model as {self.model.time!r}; "
                 "wrap both alike"
             )
+        if classifier.time_dtype in ("int64", "int32") and self.model.time != "timestep":
+            raise ValueError(
+                f"classifier: takes {classifier.time_dtype} as t, and the model is told {self.model.time!r}"
+            )
         return guidance.cfg, guided, classifier
+
+    @property
+    def branch_models(self) -> tuple[models.Model, ...]:
+        """Who is called for each branch."""
+        branches = ("cond",) if self.cfg is None else self.cfg.branches
+        return tuple(self._others.get(name, self.model) for name in branches)
+
+    def _other_models(self, cfg: Guidance | None) -> dict[str, models.Model]:
+        others: dict[str, models.Model] = {}
+        for name, given in ({} if cfg is None else cfg.models).items():
+            argument = f"{name}_model"
+            try:
+                other = others[name] = models.wrap(given)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{argument}: {error}") from None
+            for what in ("time", "dtype", "channel_dim"):
+                mine, its = getattr(self.model, what), getattr(other, what)
+                if mine != its and None not in (mine, its):
+                    raise ValueError(f"{argument}: expected {what} {mine!r}, which the model has, got {its!r}")
+            if self.cuda_graph and not other.capturable:
+                raise ValueError(f"cuda_graph: {type(other).__name__} runs outside of torch, which cannot record it")
+        return others
 
     def __repr__(self) -> str:
         which = ", ".join(f"{name} ({device})" for device, name in self._ran.items()) or self.backend
@@ -149,7 +177,8 @@ class Sampler:
         """Sample from noise [B, C, *], the state at the first grid point: unit normal times `path.init_scale`.
 
         cond, uncond, conds: conditions by branch, for all branches that are run or for none: mappings of names to
-            arrays [B, ...], or to nested mappings; `conds` has them by the guidance method's branch names.
+            arrays [B, ...], or to nested mappings; `conds` has them by the guidance method's branch names, and under
+            "classifier" what a classifier, loss or gradient sees instead of cond.
         seeds, generator, noises: where a stochastic plan's noise comes from: one seed a sample (an integer s means s +
             b); a torch or numpy generator (or one per sample), asked once per noisy row; or the noises themselves, one
             [B, C, *] per noisy row. With none of them, torch's (numpy's) global generator.

@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 
+import pyguide
+from pyguide import schedules
+
 CLASSES = 5
 SHAPE = (2, 3, 3)  # [C, H, W]
 PIXELS = 18
+STEPS = 6
+LABELS = torch.tensor([1, 4, 0])
+COND = {"labels": LABELS}
 
 
 class Classifier(torch.nn.Module):
@@ -45,3 +51,19 @@ def log_prob_grad(classifier: Callable[..., Any], x: Any, t: Any, labels: Any) -
 
 def noise(batch: int, dtype: Any = torch.float64, seed: int = 3) -> Any:
     return torch.randn((batch, *SHAPE), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def plan_of(solver: str = "ddim", **options: Any) -> Any:
+    return pyguide.compile(solver, schedules.linear().path(STEPS, offset=1), **options)
+
+
+def run(guidance: Any, backend: str = "reference", *, start: Any = None, cond: Any = COND, **settings: Any) -> Any:
+    call = {name: settings.pop(name) for name in ("uncond", "conds", "seeds", "noises", "callback") if name in settings}
+    sampler = pyguide.Sampler(
+        settings.pop("net", model), settings.pop("plan", plan_of()), guidance, backend=backend, **settings
+    )
+    return sampler(noise(3) if start is None else start, cond=cond, **call)
+
+
+def close(a: Any, b: Any) -> bool:
+    return bool(torch.allclose(a, b, rtol=1e-10, atol=1e-10))

@@ -86,7 +86,10 @@ def install(monkeypatch: Any, simulated: Any) -> Recorder:
     """Samplers run the simulated CUDA kernel on CPU tensors, and record with tapes."""
 
     def enqueue(self: device.CudaStep, outputs: Any) -> None:
+        gradient, variance = self.launch.gradient, self.launch.variance
+
         def launch() -> None:  # with the addresses of now: a real graph keeps the arguments of its launches
+            self.attach(gradient=gradient, variance=variance)
             addresses = self._addresses(outputs)
             self.step.enqueue(*addresses)
 

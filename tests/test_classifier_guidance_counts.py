@@ -17,7 +17,7 @@ from pyguide import native, schedules  # noqa: E402
 
 STEPS = 6
 LABELS = torch.tensor([1, 4, 0])
-FREE = {"detach", "view", "slice", "alias", "empty", "_unsafe_view", "select"}  # no launch on any device
+FREE = {"detach", "view", "slice", "alias", "empty", "new_empty", "_unsafe_view", "select"}  # no launch on any device
 
 
 class Outside(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What a classifier sees and when it is called: labels, losses, chunks, precision, counts; and every error by name."""
+"""What a classifier sees and when it is called: labels, losses, chunks, precision, batches."""
 
 from __future__ import annotations
 
@@ -10,31 +10,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from classifiers import CLASSES, PIXELS, Classifier, log_prob_grad, model, noise  # noqa: E402
+from classifiers import (  # noqa: E402
+    CLASSES,
+    COND,
+    LABELS,
+    STEPS,
+    Classifier,
+    close,
+    log_prob_grad,
+    model,
+    noise,
+    plan_of,
+    run,
+)
 
 import pyguide  # noqa: E402
-from pyguide import schedules  # noqa: E402
+from pyguide import launch, schedules  # noqa: E402
 from pyguide.guidance import ClassifierGuidance, GradientGuidance  # noqa: E402
-
-STEPS = 6
-LABELS = torch.tensor([1, 4, 0])
-COND = {"labels": LABELS}
-
-
-def plan_of(solver: str = "ddim", **options: Any) -> Any:
-    return pyguide.compile(solver, schedules.linear().path(STEPS, offset=1), **options)
-
-
-def run(guidance: Any, backend: str = "reference", *, start: Any = None, cond: Any = COND, **settings: Any) -> Any:
-    call = {name: settings.pop(name) for name in ("uncond", "conds", "seeds", "callback") if name in settings}
-    sampler = pyguide.Sampler(
-        settings.pop("net", model), settings.pop("plan", plan_of()), guidance, backend=backend, **settings
-    )
-    return sampler(noise(3) if start is None else start, cond=cond, **call)
-
-
-def close(a: Any, b: Any) -> bool:
-    return bool(torch.allclose(a, b, rtol=1e-10, atol=1e-10))
 
 
 # ---- what the gradient is of ----------------------------------------------------------------------------------------
@@ -190,9 +182,14 @@ def test_the_event_shows_the_guided_clean_sample(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_classifier_in_low_precision_gives_a_float32_gradient(dtype, backend):
+def test_a_classifier_in_low_precision_gives_a_float32_gradient(dtype, backend, monkeypatch):
     """It sees x in its own dtype; what comes back is float32, as far from float64 as its own rounding takes it."""
     seen: list[Any] = []
+    given: set[Any] = set()
+
+    def attach(self: Any, gradient: Any, variance: Any) -> None:
+        given.add(gradient.dtype)
+        self.gradient = gradient
 
     class Low(torch.nn.Module):
         def __init__(self) -> None:
@@ -205,7 +202,10 @@ def test_a_classifier_in_low_precision_gives_a_float32_gradient(dtype, backend):
 
     plan, x32 = plan_of(), noise(3, torch.float32)
     exact = run(ClassifierGuidance(Classifier(), 2.0), backend, plan=plan)
-    low = run(ClassifierGuidance(Low(), 2.0), backend, plan=plan, start=x32)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.Launch, "attach", attach)
+        low = run(ClassifierGuidance(Low(), 2.0), backend, plan=plan, start=x32)
+    assert given == {torch.float32}
     assert set(seen) == {dtype}
     assert low.dtype == torch.float32
     plain = run(None, backend, plan=plan)
@@ -236,134 +236,104 @@ def test_a_compiled_classifier(backend):
     assert close(run(ClassifierGuidance(compiled, 2.0), backend), expected)
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
-WRONG = [
-    ({"classifier": None}, ValueError, "classifier: expected a classifier or a loss, got neither"),
-    ({"loss": lambda x, t: x}, ValueError, "classifier: expected a classifier or a loss, got both"),
-    ({"classifier": 3}, TypeError, "classifier: expected a function or a model, got int"),
-    ({"form": "shift"}, ValueError, "form: expected"),
-    ({"chunk": 0}, ValueError, "chunk: expected a number of samples"),
-    ({"cfg": 7.5}, TypeError, "cfg: expected a method such as CFG"),
-    ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
-    ({"interval": (0.5, 0.2)}, ValueError, "interval: expected"),
-]
-
-
-@pytest.mark.parametrize(("changes", "error", "message"), WRONG)
-def test_wrong_arguments(changes, error, message):
-    arguments = {"classifier": Classifier(), "scale": 1.0, **changes}
-    with pytest.raises(error, match=message):
-        ClassifierGuidance(**arguments)
-
-
-LABELLED = [
-    ({}, ValueError, "labels: expected what the classifier is to see"),
-    ({"labels": torch.tensor([0, 1, CLASSES])}, ValueError, "labels: expected classes below 5, .* got 5"),
-    ({"labels": torch.tensor([0, 1, -1])}, ValueError, r"labels: expected classes from 0, and sample 2 has \[-1\]"),
-    ({"labels": torch.tensor([0, 1])}, ValueError, r"labels.*: expected one row per sample \(3\)"),
-    ({"labels": torch.full((3, CLASSES + 1), 0.1)}, ValueError, "labels: .* over 5 classes, got one over 6"),
-    ({"labels": torch.full((3, CLASSES), -0.1)}, ValueError, "labels: a distribution is"),
-    ({"labels": torch.tensor([True, False, True])}, TypeError, "labels: expected integers"),
-    ({"labels": "cat"}, ValueError, "labels: expected classes"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("seen", "error", "message"), LABELLED)
-def test_labels_that_do_not_fit(seen, error, message, backend):
-    with pytest.raises(error, match=message):
-        run(ClassifierGuidance(Classifier(), 1.0), backend, cond=None, conds={"classifier": seen})
-
-
-def detached(x: Any, t: Any) -> Any:
-    return Classifier()(x.detach(), t)
-
-
-def blind(x: Any, t: Any) -> Any:
-    return torch.ones(len(x), CLASSES, dtype=x.dtype, requires_grad=True) * 2
-
-
-BROKEN = [
-    (lambda x, t: Classifier()(x.detach(), t).detach(), ValueError, "classifier: is not differentiable"),
-    (blind, ValueError, "classifier: its output does not depend on x, so that the gradient is None"),
-    (lambda x, t: x.flatten(1).detach().numpy(), TypeError, "classifier: expected a torch tensor, got ndarray"),
-    (lambda x, t: x, ValueError, r"classifier: expected logits \[3, classes\], got shape \(3, 2, 3, 3\)"),
-    (lambda x, t: x.flatten(1)[:1], ValueError, r"classifier: expected logits \[3, classes\]"),
-]
-
-
-@pytest.mark.parametrize(("classifier", "error", "message"), BROKEN)
-def test_classifiers_that_give_no_gradient(classifier, error, message, backend):
-    with pytest.raises(error, match=message):
-        run(ClassifierGuidance(classifier, 1.0), backend)
-
-
-def test_losses_and_gradients_of_the_wrong_shape(backend):
-    with pytest.raises(
-        ValueError, match=r"loss: expected one number per sample \[3\] or their sum, got shape \(3, 18\)"
-    ):
-        run(ClassifierGuidance(None, 1.0, loss=lambda x, t, labels: x.flatten(1)), backend)
-    with pytest.raises(ValueError, match="loss: expected one number per sample"):
-        run(ClassifierGuidance(None, [1.0, 2.0, 3.0], loss=lambda x, t, labels: x.sum()), backend)
-    with pytest.raises(ValueError, match=r"gradient: expected shape \(3, 2, 3, 3\), like x, got \(3,\)"):
-        run(GradientGuidance(lambda x, t, labels: x[:, 0, 0, 0]), backend)
-    with pytest.raises(TypeError, match="gradient: expected Tensor, like the noise, got NoneType"):
-        run(GradientGuidance(lambda x, t, labels: None), backend)
-
-
-def test_nan_is_reported_and_stays_with_its_sample(backend):
-    def sick(x: Any, t: Any) -> Any:
-        return classifier(x, t) + torch.tensor([0.0, float("nan"), 0.0])[:, None]
-
+@pytest.mark.parametrize(("kind", "what"), [("classifier", "t"), ("loss", "t"), ("gradient", "t"), ("gradient", "x")])
+def test_what_writes_to_the_samplers_arrays_is_an_error(kind, what, backend):
+    """t is the model's next, x the state: a run that went on would sample something else."""
     classifier = Classifier()
-    with pytest.raises(FloatingPointError, match=r"classifier: NaN or infinite logits for samples \[1\]"):
-        run(ClassifierGuidance(sick, 1.0), backend, check="raise")
-    got, healthy = run(ClassifierGuidance(sick, 1.0), backend), run(ClassifierGuidance(classifier, 1.0), backend)
-    assert got[1].isnan().all()
-    assert torch.equal(got[[0, 2]], healthy[[0, 2]])
+
+    def writing(x: Any, t: Any, labels: Any = None) -> Any:
+        if what == "t":
+            t /= 1000
+        else:  # of what requires grad, torch itself refuses it
+            x *= 0.5
+        if kind == "gradient":
+            return torch.zeros_like(x)
+        out = classifier(x, t)
+        return out if kind == "classifier" else -out[:, 0]
+
+    guidance = {
+        "classifier": lambda: ClassifierGuidance(writing, 1.0),
+        "loss": lambda: ClassifierGuidance(None, 1.0, loss=writing),
+        "gradient": lambda: GradientGuidance(writing),
+    }[kind]()
+    with pytest.raises(ValueError, match=f"{kind}: wrote to x or t in place"):
+        run(guidance, backend)
 
 
-UNFIT = [
-    ("score", "ddim", {"clip": 1.0}, "form: 'score' moves D and E together.*use_clipped_model_output=True"),
-    ("score", "ddpm", {"variance": "learned_range"}, "form: 'score' cannot be had with a learned variance"),
-    ("mean", "ddim", {}, "form: 'mean' scales the gradient by the variance.*adds no noise"),
-    ("mean", "dpmpp_2m", {}, "form: 'mean' shifts the mean of a Gaussian transition, and dpmpp_2m"),
-    ("mean", "dpmpp_sde", {}, "form: 'mean' shifts the mean of a Gaussian transition"),
-    ("input", "dpmpp_2m", {}, "form: 'input' changes x between the steps of dpmpp_2m; compile.*editable=True"),
-]
+def test_inference_mode(backend):
+    """As any sampler runs in it: x and t are copied for the backward pass."""
+    path, classifier = plan_of(), Classifier()
+    expected = run(ClassifierGuidance(classifier, 2.0), backend, plan=path)
+    with torch.inference_mode():
+        got = run(ClassifierGuidance(classifier, 2.0), backend, plan=path, start=noise(3))
+    assert torch.equal(got, expected)
+    sampler = pyguide.Sampler(model, path, ClassifierGuidance(classifier, 2.0), backend=backend)
+    for mode in (False, True, False):
+        with torch.inference_mode(mode):
+            assert torch.equal(sampler(noise(3), cond=COND), expected)
 
 
-@pytest.mark.parametrize(("form", "solver", "options", "message"), UNFIT)
-def test_forms_that_a_plan_cannot_carry(form, solver, options, message):
-    with pytest.raises(ValueError, match=message):
-        pyguide.Sampler(model, plan_of(solver, **options), ClassifierGuidance(Classifier(), 1.0, form=form))
+def test_the_log_probability_is_of_this_evaluation(backend):
+    """Where nobody asked the classifier there is none."""
+    for interval, expected in (((0.0, 0.5), [True] * 3 + [False] * 3), ((0.5, 1.0), [False] * 3 + [True] * 3)):
+        events: list[Any] = []
+        run(ClassifierGuidance(Classifier(), 2.0, interval=interval), backend, callback=events.append)
+        assert [event.log_prob is not None for event in events] == expected
+    events = []
+    moved = ClassifierGuidance(Classifier(), 0.1, form="input")
+    run(moved, backend, plan=plan_of(), callback=events.append)
+    assert [event.log_prob is not None for event in events] == [True] * (STEPS - 1) + [False]
 
 
-def test_channels_that_do_not_fit_the_variance(backend):
-    def twice(x: Any, t: Any, labels: Any) -> Any:
-        return torch.cat([model(x, t, labels), torch.zeros_like(x)], 1)
+def test_a_learned_variance_does_not_depend_on_the_batch(backend):
+    """That of the conditional branch, also for a sample whose scale is 0, whoever is beside it."""
 
-    with pytest.raises(ValueError, match=r"model: expected .* shape \(3, 2, 3, 3\), got \(3, 4, 3, 3\); twice"):
-        run(None, backend, net=twice)
-    learned = plan_of("ddpm", variance="learned_range")
-    with pytest.raises(ValueError, match=r"\(3, 4, 3, 3\), 2 channels and as many of its learned variance, got \(3, 2"):
-        run(None, backend, plan=learned, seeds=0)
-    run(None, backend, plan=learned, net=twice, seeds=0)
+    def net(x: Any, t: Any, labels: Any) -> Any:
+        return torch.cat([model(x, t, labels), torch.tanh(x + labels.to(x.dtype)[:, None, None, None])], 1)
 
+    plan, start = plan_of("ddpm", variance="learned_range"), noise(2)
 
-def test_a_classifier_outside_of_torch_is_refused(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    kind, value = onnx.TensorProto.FLOAT, onnx.helper.make_tensor_value_info
-    inputs = [value("x", kind, ["n", PIXELS]), value("t", kind, ["n"])]
-    node = onnx.helper.make_node("Identity", ["x"], ["out"])
-    graph = onnx.helper.make_graph([node], "g", inputs, [value("out", kind, ["n", PIXELS])])
-    opset = [onnx.helper.make_opsetid("", 20)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), str(tmp_path / "classifier.onnx"))
-    with pytest.raises(TypeError, match="classifier: OnnxSession runs outside of torch"):
-        pyguide.Sampler(model, plan_of(), ClassifierGuidance(str(tmp_path / "classifier.onnx"), 1.0))
+    def scaled(*scales: float) -> Any:
+        n = len(scales)
+        conds = {"cond": {"labels": LABELS[:1].expand(n)}, "uncond": {"labels": LABELS[1:2].expand(n)}}
+        return run(
+            pyguide.CFG(list(scales)), backend, plan=plan, net=net, start=start[:n], cond=None, conds=conds, seeds=3
+        )
+
+    assert torch.equal(scaled(0.0)[0], scaled(0.0, 2.0)[0])
+    assert torch.equal(scaled(0.0)[0], scaled(0.0, 0.0)[0])
+    assert not torch.equal(scaled(0.0)[0], scaled(1.0)[0])
 
 
-def test_a_classifier_that_is_told_another_time_is_refused():
-    wrapped = pyguide.models.wrap(Classifier(), time="sigma")
-    with pytest.raises(ValueError, match="classifier: is told time as 'sigma', and the model as 'timestep'"):
-        pyguide.Sampler(model, plan_of(), ClassifierGuidance(wrapped, 1.0))
+@pytest.mark.parametrize("source", ["seeds", "noises"])
+def test_the_input_form_at_scale_0_draws_the_noise_of_the_plan(source, backend):
+    """Its rows are others, the noise of a seed is not."""
+    plan = plan_of("ddpm")
+    noises = [noise(3, seed=40 + k) for k in range(len(plan.stochastic_rows))]
+    told = {"seeds": 5} if source == "seeds" else {"noises": noises}
+    nothing, something = (ClassifierGuidance(Classifier(), s, form="input") for s in (0.0, 0.1))
+    definition = backend == "reference" and source == "seeds"  # whose normals are those of numpy
+    same = close if definition else torch.equal
+    assert same(run(nothing, backend, plan=plan, **told), run(None, backend, plan=plan, **told))
+    assert not torch.equal(run(something, backend, plan=plan, **told), run(None, backend, plan=plan, **told))
+
+
+def test_a_function_sees_x_in_the_dtype_of_the_noise(backend):
+    seen: set[Any] = set()
+
+    def classifier(x: Any, t: Any) -> Any:
+        seen.add(x.dtype)
+        return Classifier()(x, t)
+
+    run(ClassifierGuidance(classifier, 1.0), backend, start=noise(3, torch.float16))
+    run(
+        ClassifierGuidance(None, 1.0, loss=lambda x, t, labels: -classifier(x, t)[:, 0]),
+        backend,
+        start=noise(3, torch.float16),
+    )
+    run(
+        GradientGuidance(lambda x, t, labels: classifier(x, t)[:, :1, None, None] * x),
+        backend,
+        start=noise(3, torch.float16),
+    )
+    assert seen == {torch.float16}

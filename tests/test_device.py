@@ -106,7 +106,7 @@ def test_launches_follow_the_current_stream(on_gpu: Any, monkeypatch: pytest.Mon
     noise = torch.zeros(1, 4, 8, 8)
     run = Run(Sampler(network, plan), noise, None, None, None, None, None, None, None, events=False)
     step: Any = run.step
-    outputs = run.outputs(run.routes[0])
+    outputs = run.evaluate(0, run.routes[0])
     launches = (
         lambda: step.advance(()),
         lambda: step.advance(outputs),

@@ -83,12 +83,55 @@ def test_later_runs_bring_their_own_labels_and_scales(recorder):
     assert not torch.equal(results[1], results[2])
 
 
-def test_events_and_flags(recorder):
-    plan, start, told = FORMS["score"](), noise(3, torch.float32), {"cond": {"labels": LABELS}}
-    guidance = ClassifierGuidance(Classifier(), 1.0)
+@pytest.mark.parametrize("scale", [3.0, lambda step, steps: 1.0 + step % 2], ids=["one graph", "two graphs"])
+def test_events(scale, recorder):
+    """A replay does not come back to Python: what it left behind is still this evaluation's, in every run."""
+    plan, start, guidance = FORMS["score"](), noise(3, torch.float32), ClassifierGuidance(Classifier(), 1.0)
+    guidance.cfg = pyguide.CFG(scale)
+    told = {"cond": {"labels": LABELS}, "uncond": {"labels": LABELS * 0}}
     eager = list(pyguide.Sampler(model, plan, guidance).stream(start, **told))
-    captured = list(pyguide.Sampler(model, plan, guidance, cuda_graph=True).stream(start, **told))
-    for a, b in zip(eager, captured, strict=True):
-        assert torch.equal(a.x, b.x)
-        assert torch.equal(a.denoised, b.denoised)
-        assert torch.equal(a.log_prob, b.log_prob)
+    captured = pyguide.Sampler(model, plan, guidance, cuda_graph=True)
+    for run in (1, 2):
+        for a, b in zip(eager, captured.stream(start, **told), strict=True):
+            assert torch.equal(a.x, b.x), run
+            assert torch.equal(a.denoised, b.denoised), run
+            assert torch.equal(a.log_prob, b.log_prob), run
+
+
+def test_nan_is_flagged_in_replays_too(recorder):
+    sick = torch.zeros(3, 1)
+    classifier = Classifier()
+    guidance = ClassifierGuidance(lambda x, t: classifier(x, t) + sick, 1.0)
+    captured = pyguide.Sampler(model, FORMS["score"](), guidance, cuda_graph=True, check="raise")
+    captured(noise(3, torch.float32), cond={"labels": LABELS})
+    sick[1] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"classifier: NaN or infinite logits for samples \[1\]"):
+        captured(noise(3, torch.float32), cond={"labels": LABELS})
+    assert recorder.recorded == 1
+
+
+def test_labels_are_checked_in_later_runs_too(recorder):
+    """A replay does not ask the classifier how many classes it has."""
+    captured = pyguide.Sampler(model, FORMS["score"](), ClassifierGuidance(Classifier(), 1.0), cuda_graph=True)
+    captured(noise(3, torch.float32), cond={"labels": LABELS})
+    with pytest.raises(ValueError, match=r"labels: expected classes below 5, .* got 54"):
+        captured(noise(3, torch.float32), cond={"labels": LABELS + 50})
+
+
+def test_a_module_whose_weights_move_is_recorded_again(recorder):
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x: Any, t: Any, labels: Any) -> Any:
+            return (x * self.gain).square().flatten(1).sum(1)
+
+    module, plan, start = Loss(), FORMS["score"](), noise(3, torch.float32)
+    guidance = ClassifierGuidance(None, 0.1, loss=module)
+    captured = pyguide.Sampler(model, plan, guidance, cuda_graph=True)
+    for value in (1.0, 2.0):
+        module.gain = torch.nn.Parameter(torch.tensor(value))
+        eager = pyguide.Sampler(model, plan, guidance)(start, cond={"labels": LABELS})
+        assert torch.equal(captured(start, cond={"labels": LABELS}), eager)
+    assert recorder.recorded == 2

@@ -90,7 +90,7 @@ def test_warm_up_and_capture_share_a_stream_of_the_device(cuda: Cuda) -> None:
         "synchronize",
         ("capture", "pool", "side", "thread_local"),
     ]
-    assert recorded == ("replay", 7)
+    assert recorded == graph.Graph("replay", 7)
     assert cuda.current == "caller's stream"
     assert torch.is_autocast_cache_enabled()
     assert torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""Methods whose weights are their scales: equal to what diffusers' own code gives over a whole run, and their identities."""
+"""Methods whose weights are their scales: equal to diffusers' own code over a whole run, and their identities."""
 
 from __future__ import annotations
 

@@ -106,6 +106,15 @@ class Guidance(Scheduled):
             raise ValueError(f'space: expected "model", "denoised" or "v", got {space!r}')
         self.space, self.batched = space, bool(batched)
 
+    @property
+    def per_sample(self) -> bool:
+        """Whether its scales are those of samples, and not the same for all of a batch."""
+        return any(getattr(scale, "ndim", 0) for scale in self.all_scales)
+
+    @property
+    def all_scales(self) -> tuple[Checked, ...]:
+        return (self.scale,)
+
     def table(self, plan: Plan, batch: int) -> Floats:
         """Weights [R, B, K] of the branches; one of exactly 0 drops the branch. Here those of two branches."""
         scale = self.scales(plan, batch)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..path import Floats
 from ..plan import Plan
-from .base import Guidance, Scale, checked
+from .base import Checked, Guidance, Scale, checked
 
 Space = Literal["model", "denoised", "v"]
 Interval = tuple[float, float] | None
@@ -37,6 +37,10 @@ class EditCFG(Guidance):
     ) -> None:
         super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space, batched=batched)
         self.image_scale = checked("image_scale", image_scale)
+
+    @property
+    def all_scales(self) -> tuple[Checked, ...]:
+        return self.scale, self.image_scale
 
     def table(self, plan: Plan, batch: int) -> Floats:
         text, image = self.scales(plan, batch), self.scheduled("image_scale", self.image_scale, plan, batch, 1.0)
@@ -66,6 +70,10 @@ class Compose(Guidance):
         super().__init__(0.0, interval=interval, sigma_interval=sigma_interval, space=space, batched=batched)
         self.parts = {name: checked(f"scales[{name!r}]", scale) for name, scale in scales.items()}
         self.branches = ("uncond", *scales)
+
+    @property
+    def all_scales(self) -> tuple[Checked, ...]:
+        return tuple(self.parts.values())
 
     def table(self, plan: Plan, batch: int) -> Floats:
         outside = 1.0 / len(self.parts)
@@ -125,6 +133,10 @@ class PerturbedGuidance(Guidance):
     ) -> None:
         super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space, batched=batched)
         self.perturbed_scale = checked("perturbed_scale", perturbed_scale)
+
+    @property
+    def all_scales(self) -> tuple[Checked, ...]:
+        return self.scale, self.perturbed_scale
 
     def table(self, plan: Plan, batch: int) -> Floats:
         scale = self.scales(plan, batch)

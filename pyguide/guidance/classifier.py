@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+from ..checks import whole
 from .base import Guidance, Scale, Scheduled
 
 Form = Literal["mean", "score", "input"]
@@ -34,8 +35,9 @@ class ClassifierGuidance(Scheduled):
         model alone.
     scaled: the classifier sees c_in x, as the model does on an edm path, instead of x.
 
-    Two launches an evaluation besides the model and the classifier: `classifier_grad` and `step`. A classifier in lower
-    precision sees x in that; the gradient is float32 (float64 for float64 noise).
+    Two launches an evaluation besides the model and the classifier, `classifier_grad` and `step`; a chunk, a `scaled` x
+    and the scale of a loss cost a small one each. A classifier of a dtype of its own sees x in that, a function in the
+    dtype of the noise; the gradient is float32 (float64 for float64 noise). Neither may write to x or t.
     Errors: TypeError or ValueError naming the argument; for a form that the plan cannot carry when the sampler is made;
     for a classifier that cannot be differentiated at its first call.
     """
@@ -60,14 +62,11 @@ class ClassifierGuidance(Scheduled):
             raise ValueError(
                 f"classifier: expected a classifier or a loss, got {'neither' if loss is None else 'both'}"
             )
-        source = classifier if loss is None else loss
-        if not callable(source) and not isinstance(source, (str, bytes)) and not hasattr(source, "module"):
-            name = "classifier" if loss is None else "loss"
-            raise TypeError(f"{name}: expected a function or a model, got {type(source).__name__}")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss: expected a function (x, t, **cond), got {type(loss).__name__}")
         if form not in FORMS:
             raise ValueError(f'form: expected "mean", "score" or "input", got {form!r}')
-        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise ValueError(f"chunk: expected a number of samples, at least 1, got {chunk!r}")
+        chunk = None if chunk is None else whole("chunk", chunk, 1)
         if cfg is not None and not isinstance(cfg, Guidance):
             raise TypeError(f"cfg: expected a method such as CFG(scale), got {type(cfg).__name__}")
         self.classifier, self.loss, self.form, self.chunk, self.cfg = classifier, loss, form, chunk, cfg

@@ -19,10 +19,12 @@ class GuidedPlan(NamedTuple):
     plan: Plan
     model: NDArray[np.bool_]  # [R]
     classifier: NDArray[np.bool_]  # [R]
+    ordinals: tuple[int, ...]  # [R + 1] of the rows' noise: their index in the plan that was guided
 
     @staticmethod
     def unguided(plan: Plan) -> GuidedPlan:
-        return GuidedPlan(plan, np.ones(plan.evaluations, bool), np.zeros(plan.evaluations, bool))
+        every = np.ones(plan.evaluations, bool)
+        return GuidedPlan(plan, every, ~every, tuple(range(plan.evaluations + 1)))
 
 
 def guide(plan: Plan, form: str) -> GuidedPlan:
@@ -32,7 +34,7 @@ def guide(plan: Plan, form: str) -> GuidedPlan:
     columns = _score(plan) if form == "score" else _mean(plan)
     rows = [plan.rows[0], *(row._replace(q=q.tolist()) for row, q in zip(plan.rows[1:], columns, strict=True))]
     guided = replace(plan, table=np.array([join_row(row) for row in rows]))
-    return GuidedPlan(guided, np.ones(plan.evaluations, bool), (columns != 0).any(axis=1))
+    return GuidedPlan.unguided(guided)._replace(classifier=(columns != 0).any(axis=1))
 
 
 def _score(plan: Plan) -> Floats:
@@ -82,6 +84,7 @@ def _input(plan: Plan) -> GuidedPlan:
             f"form: 'input' changes x between the steps of {plan.solver}; compile the plan with editable=True"
         )
     order: list[int] = []  # evaluations of the plan
+    ordinals = [0]
     model: list[bool] = []
     rows = [plan.rows[0]]
     names = [plan.names[0]] if plan.names else []
@@ -89,11 +92,13 @@ def _input(plan: Plan) -> GuidedPlan:
         order.append(i)
         model.append(True)
         rows.append(row)
+        ordinals.append(i + 1)
         names += plan.names[i + 1 : i + 2]
         if i + 1 < plan.evaluations and plan.step[i + 1] != plan.step[i]:
             order.append(i + 1)
             model.append(False)
             rows.append(_correction(row, plan.slots))
+            ordinals.append(i + 1)
             names += plan.names[i + 1 : i + 2]
     variance = np.where(model, plan.variance[order], np.nan)
     guided = replace(
@@ -104,7 +109,7 @@ def _input(plan: Plan) -> GuidedPlan:
         **{name: getattr(plan, name)[order] for name in ("timestep", "sigma", "alpha", "step")},
     )
     called = np.array(model)
-    return GuidedPlan(guided, called, ~called)
+    return GuidedPlan(guided, called, ~called, tuple(ordinals))
 
 
 def _correction(before: Row, slots: int) -> Row:

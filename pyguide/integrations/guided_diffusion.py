@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -156,8 +157,9 @@ class Diffusion:
             guidance = GradientGuidance(cond_fn, form=form)
         elif classifier is not None:
             guidance = ClassifierGuidance(classifier, 1.0 if classifier_scale is None else classifier_scale, form=form)
-        if self.learn_sigma and use_ddim:
-            model = _without_variance(model)
+        if self.learn_sigma:
+            model = copy(models.wrap(model))
+            model.learned_variance = True  # which ddim leaves out
         return Sampler(model, plan, guidance, **settings)
 
     def p_sample_loop(
@@ -200,6 +202,9 @@ class Diffusion:
         given = dict(use_ddim=True, clip_denoised=clip_denoised, eta=eta, progress=progress, **given)
         return self._loop(model, shape, noise, denoised_fn, cond_fn, model_kwargs, device, given)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # somebody's model
+
     def _loop(
         self,
         model: Any,
@@ -232,27 +237,16 @@ class Diffusion:
         made_of = [model, cond_fn, *(given[name] for name in names)]
         if self._last is not None:
             names_before, before, sampler = self._last
-            if names == names_before and all(a is b for a, b in zip(before, made_of)):
+            if names == names_before and all(map(_same, before, made_of)):
                 return sampler
         sampler = self.sampler(model, cond_fn, **given)
         self._last = (names, made_of, sampler)
         return sampler
 
 
-def _without_variance(model: Any) -> Callable[..., Array]:
-    """The model without its second half of channels: ddim's variance is its own."""
-    whole_model = models.wrap(model)
-
-    def half(x: Array, t: Array, **cond: Any) -> Array:
-        out, channels = whole_model(x, t, **cond), x.shape[1]
-        if out.ndim != x.ndim or out.shape[1] != 2 * channels:
-            raise ValueError(
-                f"learn_sigma: expected a model with {2 * channels} channels, twice those of x, got an output of shape "
-                f"{tuple(out.shape)}"
-            )
-        return out[:, :channels]
-
-    return half
+def _same(a: Any, b: Any) -> bool:
+    """Whether a setting is the one that it was; an array may have changed in place."""
+    return not is_array(a) and (a is b or (isinstance(a, (int, float, str)) and type(a) is type(b) and a == b))
 
 
 def _device_of(model: Any) -> Any:

@@ -38,12 +38,14 @@ class Model(ABC):
     in_channels, out_channels: of x and of the output, None if unknown.
     capturable: whether its calls run on torch's stream, where a CUDA graph can record them.
     differentiable: whether `with_grad` is to be had.
+    learned_variance: its output has as many channels again, a learned variance that a plan may use or not.
     """
 
     array: Literal["torch", "numpy"] | None = None
     time_dtype: str | None = None
     capturable = True
     differentiable = False
+    learned_variance = False
     in_channels: int | None = None
     out_channels: int | None = None
 
@@ -132,13 +134,16 @@ class Function(Model):
 
 
 def output(y: Any) -> Array:
-    """The array that a model returned: itself, the first of a tuple, or the `.sample` of a diffusers output."""
+    """The array that a model returned: itself, the first of a tuple, or the `.sample` of a diffusers output (the
+    `.logits` of a classifier's)."""
     if hasattr(y, "dtype"):
         return y
     if isinstance(y, (tuple, list)) and y:
         y = y[0]
     elif hasattr(y, "sample"):
         y = y.sample
+    elif hasattr(y, "logits"):
+        y = y.logits
     if not hasattr(y, "dtype"):
         raise TypeError(
             f"model output: expected an array, a tuple that starts with one, or .sample; got {type(y).__name__}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import backends
-from ..classifier_grad import launch
+from ..classifier_grad import bind
 from ..reference import classifier_grad as reference
 from .library import FLOATS, LIBRARY, STATES, TAG, Tensor, expect, torch
 
@@ -37,7 +37,7 @@ def classifier_grad(
     if backend == "reference":
         return reference(logits, target, scale)
     wide = target if target.ndim == 2 else target[:, None]
-    launch(backend, logits, wide.contiguous(), scale[None].contiguous(), grad, log_prob)
+    bind(backend, logits, wide.contiguous(), scale[None].contiguous(), log_prob)(logits, grad)
     return grad, log_prob
 
 

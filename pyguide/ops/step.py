@@ -65,9 +65,13 @@ def operands(sampler: Sampler, noise: Tensor, *, seeds: int | Sequence[int] | No
     """The buffers and tables with which the operator runs a sampler's plan and guidance from `noise` [B, C, *].
 
     The operator does what the sampler does between two model calls; the caller calls the model. `noise` is copied. A
-    stochastic plan needs seeds: its rows draw their noise from them.
+    stochastic plan needs seeds: its rows draw their noise from them. With classifier guidance the caller gives
+    gradient= at each evaluation i with sampler.guided.classifier[i] (form "input", whose rows are others, is refused),
+    with a learned variance variance=, the second half of the model's channels.
     Errors as in Sampler.__call__.
     """
+    if not sampler.guided.model.all():
+        raise ValueError("sampler: form='input' adds rows to the plan; expected form='score' or 'mean'")
     if seeds is None and sampler.plan.stochastic_rows:
         raise ValueError("seeds: the plan adds noise; expected one seed a sample, got none")
     branches = ("cond",) if sampler.cfg is None else sampler.cfg.branches

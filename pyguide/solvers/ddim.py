@@ -73,9 +73,8 @@ def ddim(
     for i in range(path.steps):
         here, out = path.level(i), model(x, i)
         down, s = down_and_up(here, path.level(i + 1), eta)
-        x = out.denoised * down.alpha + (noise_estimate(x, out.denoised, here) if rederived else out.noise) * down.sigma
-        if s > 0:
-            x = x + noise(i) * s
+        E = noise_estimate(x, out.denoised, here) if rederived else out.noise
+        x = out.gaussian(out.denoised * down.alpha + E * down.sigma, s * s, noise(i) if s > 0 else None)
     return x
 
 
@@ -122,7 +121,6 @@ def euler_ancestral(
     for i in range(path.steps):
         here = path.level(i)
         down, up = down_and_up(here, path.level(i + 1), eta)
-        x = ddim_step(x, model(x, i).denoised, here, down)
-        if up * s_noise > 0:
-            x = x + noise(i) * (up * s_noise)
+        out, s = model(x, i), up * s_noise
+        x = out.gaussian(ddim_step(x, out.denoised, here, down), s * s, noise(i) if s > 0 else None)
     return x

@@ -58,7 +58,9 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         return
     import recorded
 
-    yield recorded.install(monkeypatch, request.getfixturevalue("simulated"))
+    simulated = request.getfixturevalue("simulated")
+    monkeypatch.setattr(simulated, "classifier_grad", gpu_support.on_simulated_gpu(simulated.classifier_grad))
+    yield recorded.install(monkeypatch, simulated)
 
 
 @pytest.fixture(params=["native", "triton"])

@@ -60,6 +60,17 @@ def sample(name: str, seeds: Any, backend: str = "auto", scale: Any = 3.0, **opt
     return sampler(initial(seeds, device=device, dtype=dtype), **conditions(seeds, device), **drawn)
 
 
+def on_simulated_gpu(kernel: Callable[..., None]) -> Callable[..., None]:
+    """pyguide._C.classifier_grad in a rehearsal: the tensors are on the CPU, the launches go to the simulated GPU."""
+
+    def launch(*arguments: Any) -> None:
+        *operands, threads, device, stream = arguments
+        assert device == -1, "a rehearsal's tensors are on the CPU"
+        kernel(*operands, threads, 0, stream)
+
+    return launch
+
+
 # ---- launches in a device's memory ----------------------------------------------------------------------------------
 class Mirror:
     """Bytes of host memory and their copy on the device, at the same address modulo 256."""

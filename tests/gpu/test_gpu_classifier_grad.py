@@ -14,11 +14,9 @@ from test_reference_classifier import BATCH, errors, target
 from pyguide.bench.clock import CudaClock
 from pyguide.bench.gpu import counts
 from pyguide.bench.gpu.setup import FULL, Setup
-from pyguide.classifier_grad import launch
+from pyguide.classifier_grad import bind
 from pyguide.layout import NONFINITE, NONFINITE_LOGITS, SAMPLE
 from pyguide.reference import classifier_grad as reference
-
-pytestmark = real
 
 KINDS = "label", "labels", "distribution"
 SCALE = np.array([1.0, -2.5, 0.0, 10.0, 1e-3])
@@ -47,7 +45,7 @@ def flags(words: Any) -> Any:
 def run(backend: str, logits: Any, y: Any, scales: Any, **options: Any) -> tuple[Any, Any]:
     grad = torch.full(logits.shape, torch.nan, dtype=logits.dtype, device=DEVICE)
     log_prob = torch.full((len(y),), torch.nan, dtype=scales.dtype, device=DEVICE)
-    launch(backend, logits, y, scales, grad, log_prob, **options)
+    bind(backend, logits, y, scales, log_prob, **options)(logits, grad)
     wait()
     return grad.cpu(), log_prob.cpu()
 
@@ -171,13 +169,15 @@ def test_labels_that_are_none_or_no_class(fused: str, classes: int) -> None:
     assert grad[0].isfinite().all()
 
 
+@real
 def test_one_launch_and_nobody_waits(fused: str) -> None:
     setup = Setup(CudaClock("cuda:0"), FULL, ("native", "triton"), None, False, 1, 0.0)
     logits, y, words = draw(1000), given("labels", 1000), placed([1] * BATCH)
     scales, grad, log_prob = torch.ones(4, BATCH, device=DEVICE), torch.empty_like(logits), logits.new_empty(BATCH)
+    launch = bind(fused, logits, y, scales, log_prob, samples=words, check=True)
 
     def once() -> None:
-        launch(fused, logits, y, scales, grad, log_prob, samples=words, check=True)
+        launch(logits, grad)
 
     once()
     wait()
@@ -192,16 +192,18 @@ def test_one_launch_and_nobody_waits(fused: str) -> None:
     }  # fmt: skip
 
 
+@real
 def test_a_captured_launch_reads_what_changes_on_the_device(fused: str) -> None:
     """Rows, labels and scales are data: the graph that was captured once serves all of them."""
     logits, y, words = draw(1000), given("labels", 1000), placed([0] * BATCH)
     scales = torch.arange(1.0, 2 * BATCH + 1, device=DEVICE).view(2, BATCH)
     grad, log_prob = torch.empty_like(logits), logits.new_empty(BATCH)
-    launch(fused, logits, y, scales, grad, log_prob, samples=words)
+    launch = bind(fused, logits, y, scales, log_prob, samples=words)
+    launch(logits, grad)
     wait()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch(fused, logits, y, scales, grad, log_prob, samples=words)
+        launch(logits, grad)
     first = None
     for row, labels, size in ((0, y.clone(), 1.0), (1, y.flip(0), 1.0), (1, y.clone(), 3.0)):
         y.copy_(labels)
@@ -215,6 +217,7 @@ def test_a_captured_launch_reads_what_changes_on_the_device(fused: str) -> None:
         first = found[0]
 
 
+@real
 def test_rows_labels_and_scales_need_no_other_kernel() -> None:
     triton = pytest.importorskip("pyguide.kernels.classifier_grad_triton")
 
