@@ -42,6 +42,8 @@ def bind(
         triton = launch_triton().classifier_grad
         return lambda logits, grad: triton(logits, target, scales, grad=grad, **options)
     assert native.C is not None
+    assert target.stride(1) == 1 or target.shape[1] == 1, "callers hand over rows without gaps"
+    assert scales.stride(1) == 1 or scales.shape[1] == 1, "callers hand over rows without gaps"
     kernel, device = native.C.classifier_grad, logits.device
     on_device = device.type == "cuda"
     given = (
@@ -87,6 +89,7 @@ class ClassifierGrad:
 
     def __call__(self, logits: Tensor, first: int) -> Tensor:
         """The gradient [n, classes] in the dtype of the logits [n, classes] of samples first .. first + n."""
+        logits = logits.resolve_neg()  # a view that is negated as it is read: not by a kernel
         if self.backend == "reference":
             return self._reference(logits, first)
         grad = logits.new_empty(logits.shape)
@@ -105,13 +108,17 @@ class ClassifierGrad:
         launch(logits, grad)
 
     def _reference(self, logits: Tensor, first: int) -> Tensor:
-        here = slice(first, first + len(logits))
-        rows = self.samples["row"][here].tolist()
-        scale = self.scales[rows, list(range(first, first + len(rows)))]
+        torch, here = sys.modules["torch"], slice(first, first + len(logits))
+        samples = self.samples[here]
+        active = (samples["row"] >= 0) & (samples["row"] < samples["end"])
+        rows = np.where(active & (len(self.scales) > 1), samples["row"], 0)
+        scale = self.scales[rows.tolist(), list(range(first, first + len(rows)))]
         grad, log_prob = reference.classifier_grad(logits, self.target[here], scale)
-        with sys.modules["torch"].inference_mode(self.log_prob.is_inference()):
+        idle = torch.from_numpy(~active).to(logits.device)
+        grad, log_prob = grad.masked_fill(idle[:, None], 0), log_prob.masked_fill(idle, 0)
+        with torch.inference_mode(self.log_prob.is_inference()):
             self.log_prob[here] = log_prob
         if self.check:
-            bad = ~(logits < np.inf).all(dim=1)
+            bad = ~(logits < np.inf).all(dim=1) & ~idle
             self.samples["flags"][here] |= NONFINITE_LOGITS * bad.cpu().numpy()
         return grad

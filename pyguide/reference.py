@@ -132,20 +132,22 @@ def classifier_grad(
     xp: Any = np if isinstance(logits, np.ndarray) else sys.modules["torch"]
     real = "float64" if dtype_name(logits) == "float64" else "float32"
     l, s = cast(logits, real), cast(scale, real)  # noqa: E741
-    with np.errstate(invalid="ignore", divide="ignore"):  # numpy's; what is NaN or -inf here is so by definition
-        shifted = l - xp.amax(l, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is NaN or -inf here is so by definition
+        top = xp.amax(l, axis=1, keepdims=True)
+        shifted = l - top
         normaliser = xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
         log_p = shifted - normaliser
         p = xp.exp(log_p)
         if "int" in dtype_name(target):
             member, invalid = members(target, l)
             nothing = xp.full_like(l, -np.inf)
-            chosen = xp.where(member, shifted, nothing)
-            top = xp.amax(chosen, axis=1, keepdims=True)
-            top = xp.where(invalid[:, None], xp.full_like(top, np.nan), top)
-            inner = xp.exp(xp.where(member, shifted - top, nothing))
+            own = xp.amax(
+                xp.where(member, l, nothing), axis=1, keepdims=True
+            )  # of l: differences of it are rounded once
+            own = xp.where(invalid[:, None], xp.full_like(own, np.nan), own)
+            inner = xp.exp(xp.where(member, l - own, nothing))
             total = inner.sum(axis=1, keepdims=True)
-            log_prob = (top - normaliser + xp.log(total))[:, 0]
+            log_prob = ((own - top) + (xp.log(total) - normaliser))[:, 0]
             grad = inner / total - p
         else:
             q = cast(target, real)
@@ -161,5 +163,7 @@ def members(
     """Which classes the labels name, bool [B, classes], and whether they name none or what is no class, bool [B]."""
     labels = labels.reshape(len(labels), -1)
     classes = from_numpy(np.arange(like.shape[1]), like)
-    member = (labels[:, :, None] == classes).any(axis=1)
+    member = labels[:, :1] == classes
+    for k in range(1, labels.shape[1]):  # one at a time: all at once would be [B, n, classes]
+        member = member | (labels[:, k : k + 1] == classes)
     return member, (labels >= like.shape[1]).any(axis=1) | ~member.any(axis=1)

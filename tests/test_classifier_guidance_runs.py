@@ -229,6 +229,20 @@ def test_a_classifier_that_sees_the_models_own_input(backend):
     assert not close(got, run(ClassifierGuidance(classifier, 2.0), backend, plan=plan, start=start))
 
 
+def test_logits_that_are_a_negated_view(backend):
+    """Whose memory holds the other sign."""
+    classifier = Classifier()
+    expected = run(ClassifierGuidance(classifier, 2.0), backend)
+
+    def negated(x: Any, t: Any) -> Any:
+        logits = classifier(x, t)
+        view = torch.complex(torch.zeros_like(logits), -logits).conj().imag
+        assert view.is_neg()
+        return view
+
+    assert close(run(ClassifierGuidance(negated, 2.0), backend), expected)
+
+
 def test_a_compiled_classifier(backend):
     classifier = Classifier()
     expected = run(ClassifierGuidance(classifier, 2.0), backend)

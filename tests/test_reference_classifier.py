@@ -205,6 +205,22 @@ def test_types_and_their_accuracy(kind: str, dtype: str) -> None:
         assert (in_numpy[0].dtype, in_numpy[1].dtype) == (np.float16, np.float32)
 
 
+@pytest.mark.parametrize("array", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+def test_labels_far_below_the_maximum_in_float32(array: Any) -> None:
+    """Their own softmax is of their own differences: 1e-6 of the scale, though another logit is 2e4 above."""
+    rng = np.random.default_rng(0)
+    logits = rng.uniform(-1e4, -1e4 + 3, (200, 12)).astype(np.float32)
+    logits[:, 0] = rng.uniform(9e3, 1e4, 200)
+    y, scale = np.tile([3, 5, 8], (200, 1)), np.ones(200, np.float32)
+    grad, _ = classifier_grad(array(logits), array(y), array(scale))
+    expected, _ = autograd(torch.as_tensor(logits).double(), torch.as_tensor(y), torch.ones(200).double())
+    assert np.abs(np.asarray(grad) - expected.numpy()).max() <= 1e-6
+    extreme = classifier_grad(
+        array(np.float32([[3e38, -3e38, 0]])), array(np.array([1])), array(np.ones(1, np.float32))
+    )
+    assert np.asarray(extreme[0]).tolist() == [[-1, 1, 0]]
+
+
 def test_nothing_is_written_or_recorded() -> None:
     logits = torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
     before, y, scale = logits.detach().clone(), torch.as_tensor(target("labels", 7)), torch.ones(BATCH)

@@ -45,14 +45,14 @@ def _check(logits: Tensor, target: Tensor, scale: Tensor) -> None:
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits: expected [B, classes], got shape {tuple(logits.shape)}")
     device, batch = logits.device, logits.shape[0]
-    expect("logits", logits, FLOATS, None, device, "walked")
-    expect("scale", scale, STATES, (batch,), device, "walked")
+    expect("logits", logits, FLOATS, None, device, "walked", "the logits")
+    expect("scale", scale, STATES, (batch,), device, "walked", "the logits")
     if target.dtype == scale.dtype:
-        expect("target", target, (scale.dtype,), tuple(logits.shape), device, "walked")
+        expect("target", target, (scale.dtype,), tuple(logits.shape), device, "walked", "the logits")
         return
     if target.ndim not in (1, 2) or target.shape[0] != batch or 0 in target.shape[1:]:
         raise ValueError(f"target: expected [B] or [B, n] with B = {batch}, got shape {tuple(target.shape)}")
-    expect("target", target, (torch.int64,), None, device, "walked")
+    expect("target", target, (torch.int64,), None, device, "walked", "the logits")
 
 
 def _fake(logits: Tensor, target: Tensor, scale: Tensor) -> Any:

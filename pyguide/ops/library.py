@@ -20,14 +20,22 @@ TAG = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_ord
 LIBRARY = torch.library.Library("pyguide", "FRAGMENT")
 
 
-def expect(name: str, tensor: Tensor, dtypes: Sequence[Any], shape: Shape | None, device: Any, layout: str) -> None:
+def expect(
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[Any],
+    shape: Shape | None,
+    device: Any,
+    layout: str,
+    like: str = "the state",
+) -> None:
     """layout: "contiguous", or "walked": the dimensions after the second must be one uniform run."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if shape is not None and tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, like the state, got {tensor.device}")
+        raise ValueError(f"{name}: expected a tensor on {device}, like {like}, got {tensor.device}")
     if tensor.requires_grad:
         raise ValueError(f"{name}: requires grad, and the operator is not differentiable; detach it")
     if layout == "contiguous" and not tensor.is_contiguous():
