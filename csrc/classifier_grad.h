@@ -19,8 +19,9 @@
 // Bytes of a sample: its logits and gradient once each, its distribution twice. Where the classes are more than a
 // kernel holds in registers, passes after the first find the logits in a cache. Arithmetic: float (double for F64
 // logits), exponentials within 2 ulp, sums compensated: 21,841 terms in float alone could cost 4e-5. So grad is within
-// 1e-6 |s| before its one rounding to the type of the logits. The order of every sum depends on the number of classes
-// alone: a sample's bits are the same in any batch, at any index, for any number of threads.
+// 1e-6 |s| (of a distribution 1e-6 |s| sum_k |q_k|) before its one rounding to the type of the logits. The order of
+// every sum depends on the number of classes alone: a sample's bits are the same in any batch, at any index, for any
+// number of threads.
 #pragma once
 #include <math.h>
 

@@ -76,9 +76,7 @@ struct Parsed {
   }
   int64_t integer(Argument i, int64_t otherwise = 0) const {
     if (!given[i]) return otherwise;
-    const int64_t value = PyLong_AsLongLong(given[i]);
-    if (value == -1 && PyErr_Occurred()) throw PythonError();
-    return value;
+    return number(i, &PyLong_AsLongLong, -1LL);
   }
   int64_t integer(Argument i, int64_t otherwise, int64_t low, int64_t high) const {
     const int64_t value = integer(i, otherwise);
@@ -87,9 +85,7 @@ struct Parsed {
   }
   template <class P>
   P* address(Argument i) const {
-    void* value = given[i] ? PyLong_AsVoidPtr(given[i]) : nullptr;
-    if (!value && PyErr_Occurred()) throw PythonError();
-    return static_cast<P*>(value);
+    return given[i] ? static_cast<P*>(number(i, &PyLong_AsVoidPtr, static_cast<void*>(nullptr))) : nullptr;
   }
   bool truth(Argument i) const {
     const int value = PyObject_IsTrue(given[i]);
@@ -105,27 +101,59 @@ struct Parsed {
     if (!name) throw PythonError();
     return parse(name, NAMES[i], false);
   }
+
+ private:
+  // What `convert`, which returns `failed` with an exception set, makes of an int or of what has __index__: numpy's.
+  template <class V>
+  V number(Argument i, V (*convert)(PyObject*), V failed) const {
+    PyObject* index = PyNumber_Index(given[i]);
+    const V value = index ? convert(index) : failed;
+    Py_XDECREF(index);
+    if (value != failed || !PyErr_Occurred()) return value;
+    if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+      PyErr_Format(PyExc_TypeError, "%s: expected int, got %s", NAMES[i], Py_TYPE(given[i])->tp_name);
+    } else if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+      PyErr_Format(PyExc_ValueError, "%s: expected an integer of 64 bits", NAMES[i]);
+    }
+    throw PythonError();
+  }
 };
 
-// The bytes of `rows` by `columns` elements.
-Range range(const void* data, Type type, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride) {
-  int64_t lo = 0, hi = 0;
-  for (int64_t reach : {(rows - 1) * row_stride, (columns - 1) * column_stride}) (reach < 0 ? lo : hi) += reach;
-  const uintptr_t base = reinterpret_cast<uintptr_t>(data);
-  return {base + uintptr_t(lo * size_of(type)), base + uintptr_t((hi + 1) * size_of(type))};
-}
+// What an argument names in memory.
+struct Extent {
+  Argument name;
+  Range range;
+
+  // The bytes of `rows` by `columns` elements, none without an address; ValueError if no address could reach them.
+  Extent(Argument name, const void* data, int64_t size, int64_t rows, int64_t row_stride, int64_t columns,
+         int64_t column_stride)
+      : name(name) {
+    if (!data) return;
+    const uintptr_t base = reinterpret_cast<uintptr_t>(data);
+    const int64_t steps[] = {rows - 1, columns - 1}, strides[] = {row_stride, column_stride};
+    int64_t lo = 0, hi = 1;
+    bool far = false;
+    for (int i = 0; i < 2; ++i) {
+      int64_t reach, &end = (strides[i] < 0) ? lo : hi;
+      far |= __builtin_mul_overflow(steps[i], strides[i], &reach) || __builtin_add_overflow(end, reach, &end);
+    }
+    far |= __builtin_mul_overflow(lo, size, &lo) || __builtin_mul_overflow(hi, size, &hi);
+    far |= __builtin_add_overflow(base, lo, &range.lo) || __builtin_add_overflow(base, hi, &range.hi);
+    if (far) throw std::invalid_argument(std::string(NAMES[name]) + ": reaches beyond what 64 bits can address");
+  }
+};
 
 void check_overlaps(const ClassifierGradArgs& a) {
   const int64_t end = a.first + a.batch, columns = a.distribution ? a.classes : a.width;
-  const Type type = a.distribution ? a.scale_type : I64;
-  const struct {
-    Argument name;
-    Range range;
-  } written[] = {{GRAD, range(a.grad, a.logits_type, a.batch, a.classes, a.classes, 1)},
-                 {LOG_PROB, a.log_prob ? range(a.log_prob, a.scale_type, 1, 0, end, 1) : Range{}}},
-    read[] = {{LOGITS, range(a.logits, a.logits_type, a.batch, a.batch_stride, a.classes, a.class_stride)},
-              {TARGET, range(a.target, type, end, a.target_stride, columns, 1)},
-              {GRAD, a.log_prob ? written[0].range : Range{}}};
+  const int64_t logit = size_of(a.logits_type), real = size_of(a.scale_type), wanted = a.distribution ? real : 8;
+  const Extent grad(GRAD, a.grad, logit, a.batch, a.classes, a.classes, 1);
+  const Extent log_prob(LOG_PROB, a.log_prob, real, 1, 0, end, 1);
+  const Extent written[] = {grad, log_prob};
+  const Extent read[] = {{LOGITS, a.logits, logit, a.batch, a.batch_stride, a.classes, a.class_stride},
+                         {TARGET, a.target, wanted, end, a.target_stride, columns, 1},
+                         {SCALE, a.scale, real, 1, 0, end, 1},  // of row 0: how many there are is not known here
+                         {SAMPLES, a.samples, int64_t(sizeof(Sample)), 1, 0, end, 1},
+                         grad};
   for (const auto& w : written) {
     for (const auto& r : read) {
       if (w.name != r.name && w.range.overlaps(r.range))
@@ -177,6 +205,15 @@ ClassifierGradArgs arguments_of(const Parsed& p) {
   return a;
 }
 
+// Other Python threads run while it lives; whatever ends it, the caller has the GIL again.
+struct WithoutGil {
+  PyThreadState* const thread = PyEval_SaveThread();
+  WithoutGil() = default;
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+  ~WithoutGil() { PyEval_RestoreThread(thread); }
+};
+
 PyObject* classifier_grad(PyObject*, PyObject* const* values, Py_ssize_t count, PyObject* keywords) {
   try {
     const Parsed parsed(values, count, keywords);
@@ -187,9 +224,8 @@ PyObject* classifier_grad(PyObject*, PyObject* const* values, Py_ssize_t count, 
     if (device >= 0) {
       cuda_classifier_grad(args, device, stream);
     } else if (args.batch * args.classes >= RELEASE_GIL) {
-      Py_BEGIN_ALLOW_THREADS;
+      const WithoutGil others;
       execute(args);
-      Py_END_ALLOW_THREADS;
     } else {
       execute(args);
     }

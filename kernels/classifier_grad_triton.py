@@ -221,6 +221,8 @@ def classifier_grad(
     assert walkable, "callers hand over arrays that a kernel can walk"
     assert samples is not None or not check, "a flag needs samples"
     batch_stride, class_stride = logits.stride()
+    if batch == 1:
+        batch_stride = 0  # it is arbitrary, and must not decide the vectors and the order of the sums
     halved = 2 if logits.dtype == torch.float64 else 1
     block = min(max(triton.next_power_of_2(classes), LEAST), MOST // halved)
     whole = classes <= block

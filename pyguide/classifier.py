@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +103,21 @@ class Gradient(ABC):
         first = times[:1]
         return np.broadcast_to(first, (self.batch,)) if isinstance(first, np.ndarray) else first.expand(self.batch)
 
+    def _asked(self, function: Callable[..., Any], x: Array, t: Array, cond: Cond) -> Any:
+        """function(x, t, **cond); the two usual mistakes in one are named."""
+        try:
+            return function(x, t, **cond)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise TypeError(f"{self.name}: is called as {self.name}(x, t, {', '.join(cond)}): {error}") from error
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError(
+                f"{self.name}: needs torch.enable_grad() around what it differentiates: {error}"
+            ) from error
+
     def _readable(self, g: Array) -> Array:
         """g as a kernel can read it beside the state that it writes."""
         apart = not arrays.pointer(self.x) <= arrays.pointer(g) < arrays.pointer(self.x) + self.x.nbytes
@@ -154,7 +169,7 @@ class GivenGradient(Gradient):
         seen = x if c_in is None else x * c_in
         seen = seen if self.dtype == self.real else arrays.cast(seen, self.dtype)
         version = self._versions(t)
-        g = self.guidance.gradient(seen, t, **self.cond)
+        g = self._asked(self.guidance.gradient, seen, t, self.cond)
         self._untouched(t, version)
         if not arrays.is_array(g) or isinstance(g, np.ndarray) != self.is_numpy:
             raise TypeError(f"gradient: expected {type(x).__name__}, like the noise, got {type(g).__name__}")
@@ -246,7 +261,7 @@ class LossGradient(AutogradGradient):
 
     def forward(self, x: Array, t: Array, first: int) -> Array:
         assert self.guidance.loss is not None
-        return self.guidance.loss(x, t, **_samples(self.cond, first, len(x), self.batch))
+        return self._asked(self.guidance.loss, x, t, _samples(self.cond, first, len(x), self.batch))
 
     def seed(self, out: Array, i: int, first: int, count: int) -> Array:
         shape = tuple(out.shape)
@@ -322,7 +337,15 @@ class ClassifierGradient(AutogradGradient):
         if self.kernel.distribution and width != classes:
             raise ValueError(f"labels: expected a distribution over {classes} classes, got one over {width}")
         if not self.kernel.distribution and self.highest >= classes:
-            raise ValueError(f"labels: expected classes below {classes}, which the classifier has, got {self.highest}")
+            raise ValueError(
+                f"labels: expected classes below {classes}, which the classifier has, got {self.highest}; what it "
+                'alone is to see may be given as conds["classifier"]'
+            )
+        if not self.kernel.distribution and width == classes > 2 and bool((self.target <= 1).all()):
+            raise ValueError(
+                f"labels: {classes} of 0 and 1 for each sample look like a one-hot code, and mean the classes 0 and 1; "
+                "expected classes, or .float() for a distribution"
+            )
 
 
 def _target(labels: Any, batch: int, like: Array, real: str) -> tuple[Array, int]:
@@ -339,7 +362,11 @@ def _target(labels: Any, batch: int, like: Array, real: str) -> tuple[Array, int
     if probabilities:
         values = values if isinstance(values, np.ndarray) else values.double().numpy()
         if values.ndim != 2 or not np.isfinite(values).all() or (values < 0).any():
-            raise ValueError("labels: a distribution is [B, classes] of finite numbers, none of them negative")
+            got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise ValueError(
+                "labels: floating point is a distribution, [B, classes] of finite numbers of which none is negative, "
+                f"got {got}; classes are integers (labels.long())"
+            )
         return arrays.from_numpy(values.astype(real), like), -1
     if "int" not in arrays.dtype_name(labels):
         raise TypeError(f"labels: expected integers (classes) or floating point (a distribution), got {labels.dtype}")

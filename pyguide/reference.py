@@ -141,9 +141,8 @@ def classifier_grad(
         if "int" in dtype_name(target):
             member, invalid = members(target, l)
             nothing = xp.full_like(l, -np.inf)
-            own = xp.amax(
-                xp.where(member, l, nothing), axis=1, keepdims=True
-            )  # of l: differences of it are rounded once
+            # of l and not of `shifted`: a difference that is rounded once
+            own = xp.amax(xp.where(member, l, nothing), axis=1, keepdims=True)
             own = xp.where(invalid[:, None], xp.full_like(own, np.nan), own)
             inner = xp.exp(xp.where(member, l - own, nothing))
             total = inner.sum(axis=1, keepdims=True)

@@ -37,9 +37,9 @@ class Event:
 
     step: the solver step that the evaluation belongs to. row: the evaluation, 0 .. R-1. timestep, sigma: where the
     model was evaluated. x: the new state [B, C, *], a copy, in the dtype of the noise. denoised: the predicted clean
-    sample D of this evaluation, a copy. level: alpha, sigma and lam of x: what a known image is noised to before it is
-    blended in. log_prob: [B] log p(y | x) by the classifier that guided this evaluation, at the x that it saw (with
-    form="input" the new one, before it was moved); None if none did.
+    sample D of this evaluation, a copy, with what a classifier in the score form adds to it. level: alpha, sigma and
+    lam of x: what a known image is noised to before it is blended in. log_prob: [B] log p(y | x) by the classifier that
+    guided this evaluation, at the x that it saw (with form="input" the new one, before it was moved); None if none did.
     """
 
     step: int
@@ -163,6 +163,8 @@ class Run:
         if told.shared and not self.model.accepts("labels"):
             given = {name: {k: v for k, v in value.items() if k != "labels"} for name, value in given.items()}
         unknown = set(given) - set(self.branches)
+        if unknown - {"uncond"} and cfg is None and self.sampler.guidance is not None:
+            raise ValueError(f'conds: expected "cond" and "classifier", got {sorted(unknown)}')
         if unknown and cfg is None:
             give = "CFG(scale)" if self.sampler.guidance is None else "ClassifierGuidance(..., cfg=CFG(scale))"
             raise ValueError(f"{min(unknown)}: without guidance there is one branch, cond; give the sampler {give}")

@@ -94,13 +94,13 @@ class Sampler:
         """What combines the branches, the rows that run, and the classifier."""
         if not isinstance(guidance, ClassifierGuidance):
             return guidance, GuidedPlan.unguided(plan), None
-        guided = guide(plan, guidance.form)
+        guided = guide(plan, guidance.form, guidance.acting(plan))
         if guidance.classifier is None:
             return guidance.cfg, guided, None
         try:
             classifier = models.wrap(guidance.classifier)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"classifier: {error}") from None
+            raise type(error)(f"classifier: {_plain(error)}") from None
         if not classifier.differentiable:
             kind = type(classifier).__name__
             raise TypeError(f"classifier: {kind} runs outside of torch, which cannot differentiate it")
@@ -128,7 +128,7 @@ class Sampler:
             try:
                 other = others[name] = models.wrap(given)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{argument}: {error}") from None
+                raise type(error)(f"{argument}: {_plain(error)}") from None
             for what in ("time", "dtype", "channel_dim"):
                 mine, its = getattr(self.model, what), getattr(other, what)
                 if mine != its and None not in (mine, its):
@@ -234,3 +234,8 @@ class Sampler:
                 raise ValueError(f"plan: row {row} has a coefficient beyond {dtype}, {table[row, column]:g}")
             self._tables[key] = rounded.ravel()
         return self._tables[key]
+
+
+def _plain(error: Exception) -> str:
+    """What models.wrap says, without its own name of the argument."""
+    return str(error).removeprefix("obj: ")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from classifier_grad_cases import CLASSES, DTYPES, Case, Kernel, formula, kinds
+from launches import address
 
 from pyguide import native
 from pyguide.layout import NONFINITE_LOGITS
@@ -301,15 +302,28 @@ def test_overlaps_are_refused(kernel: Kernel) -> None:
         ("log_prob", "logits", case.logits.pointer),
         ("log_prob", "target", case.arguments(-1)[6]),
         ("log_prob", "grad", case.grad.pointer + 4 * 9),
+        ("grad", "scale", case.scale.pointer + 4),
+        ("log_prob", "scale", case.scale.pointer + 4),
+        ("grad", "samples", address(case.samples) + case.samples.nbytes - 4),
+        ("log_prob", "samples", address(case.samples) + case.samples.nbytes - 4),
+        ("log_prob", "samples", address(case.samples) - 4),
     ):
         arguments = case.arguments(kernel.device)
         arguments[NAMES.index(written)] = at
         with pytest.raises(ValueError, match=f"{written} overlaps {other}: what a launch writes must not share memory"):
             kernel.C.classifier_grad(*arguments)
-    # neighbours are none: log_prob right behind the gradient
-    arguments = case.arguments(kernel.device)
-    arguments[NAMES.index("log_prob")] = case.grad.pointer + 4 * 10
-    kernel.C.classifier_grad(*arguments)
+    # neighbours are none: log_prob right behind the gradient, the scales, the samples
+    memory = np.zeros(case.samples.nbytes + 8, np.uint8)
+    case.samples = memory[:-8].view(case.samples.dtype)
+    case.samples["end"] = 1
+    behind_samples = address(memory) + case.samples.nbytes
+    for at in (case.grad.pointer + 4 * 10, case.scale.pointer + 4 * 2, behind_samples):
+        arguments = case.arguments(kernel.device)
+        arguments[NAMES.index("log_prob")] = at
+        kernel.C.classifier_grad(*arguments)
+    expected = case.run(kernel).log_prob
+    assert expected is not None
+    assert memory[-8:].tobytes() == expected.view.tobytes()
 
 
 def test_calls_that_are_no_call(kernel: Kernel) -> None:
@@ -321,8 +335,11 @@ def test_calls_that_are_no_call(kernel: Kernel) -> None:
         ([*arguments, 0], {}, "got 22 arguments, expected at most 21"),
         (arguments, {"device": 0}, "twice the same argument 'device'"),
         (arguments, {"rows": 0}, "no such argument 'rows'"),
-        ([1.5, *arguments[1:]], {}, "int"),
-        ([arguments[0], 3, *arguments[2:]], {}, "str"),
+        ([1.5, *arguments[1:]], {}, "^logits: expected int, got float$"),
+        ([*arguments[:6], None, *arguments[7:]], {}, "^target: expected int, got NoneType$"),
+        ([*arguments[:14], np.float64(0), *arguments[15:]], {}, "^first: expected int, got numpy.float64$"),
+        ([*arguments[:20], "0"], {}, "^stream: expected int, got str$"),
+        ([arguments[0], 3, *arguments[2:]], {}, "^logits_type: expected str, got int$"),
     ):
         with pytest.raises(TypeError, match=message):
             call(*given, **named)
@@ -331,6 +348,12 @@ def test_calls_that_are_no_call(kernel: Kernel) -> None:
     case.grad.view[...] = 7
     call(**dict(zip(NAMES, arguments, strict=True)))
     assert case.bits() == expected
+    case.grad.view[...] = 7
+    call(*(np.int64(x) if type(x) is int else x for x in arguments))  # what numpy counts with
+    assert case.bits() == expected
+    for name in ("logits", "samples", "batch_stride"):
+        with pytest.raises(ValueError, match=f"^{name}: expected an integer of 64 bits$"):
+            call(**{**dict(zip(NAMES, arguments, strict=True)), name: 2**64})
 
 
 def test_the_formula_of_the_cases_by_hand() -> None:

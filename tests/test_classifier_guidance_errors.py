@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ LABELLED = [
     ({"labels": torch.tensor([0, 1, -1])}, ValueError, r"labels: expected classes from 0, and sample 2 has \[-1\]"),
     ({"labels": torch.tensor([0, 1])}, ValueError, r"labels.*: expected one row per sample \(3\)"),
     ({"labels": torch.full((3, CLASSES + 1), 0.1)}, ValueError, "labels: .* over 5 classes, got one over 6"),
-    ({"labels": torch.full((3, CLASSES), -0.1)}, ValueError, "labels: a distribution is"),
+    ({"labels": torch.full((3, CLASSES), -0.1)}, ValueError, "labels: floating point is a distribution"),
     ({"labels": torch.tensor([True, False, True])}, TypeError, "labels: expected integers"),
     ({"labels": "cat"}, ValueError, "labels: expected classes"),
 ]  # fmt: skip
@@ -166,3 +167,38 @@ def test_a_classifier_that_is_told_another_time_is_refused():
     wrapped = pyguide.models.wrap(Classifier(), time="sigma")
     with pytest.raises(ValueError, match="classifier: is told time as 'sigma', and the model as 'timestep'"):
         pyguide.Sampler(model, plan_of(), ClassifierGuidance(wrapped, 1.0))
+
+
+def test_the_usual_mistakes_in_functions_are_named(backend):
+    def forgot(x: Any, t: Any, labels: Any) -> Any:
+        x = x.clone().requires_grad_(True)
+        return torch.autograd.grad(Classifier()(x, t).sum(), x)[0]
+
+    with pytest.raises(ValueError, match=r"gradient: needs torch.enable_grad\(\) around what it differentiates"):
+        run(GradientGuidance(forgot), backend)
+    with pytest.raises(TypeError, match=r"loss: is called as loss\(x, t, labels\): .* unexpected keyword"):
+        run(ClassifierGuidance(None, 1.0, loss=lambda x, t: x.sum()), backend)
+
+
+def test_labels_that_mean_something_else(backend):
+    hot = torch.nn.functional.one_hot(LABELS, CLASSES)
+    with pytest.raises(ValueError, match=r"labels: 5 of 0 and 1 for each sample look like a one-hot code"):
+        run(ClassifierGuidance(Classifier(), 1.0), backend, conds={"classifier": {"labels": hot}})
+    run(ClassifierGuidance(Classifier(), 1.0), backend, conds={"classifier": {"labels": hot.double()}})
+    with pytest.raises(ValueError, match=r"labels: .* got torch.float32 of shape \(3,\); classes are integers"):
+        run(ClassifierGuidance(Classifier(), 1.0), backend, conds={"classifier": {"labels": LABELS.float()}})
+    with pytest.raises(ValueError, match=r"conds: expected .cond. and .classifier., got \['classifer'\]"):
+        run(ClassifierGuidance(Classifier(), 1.0), backend, conds={"classifer": {"labels": LABELS}})
+
+
+def test_a_start_close_to_pure_noise_is_warned_of():
+    """sigma^2 / alpha = 2e4 at the last timestep of a cosine schedule; not where that is left out, nor in other forms."""
+    path = pyguide.schedules.cosine().path(10, spacing="trailing")
+    plan, ddpm = pyguide.compile("dpmpp_2m", path), pyguide.compile("ddpm", path)
+    with pytest.warns(RuntimeWarning, match=r"up to 2e\+04 in dpmpp_2m's first 1 of 10 evaluations"):
+        pyguide.Sampler(model, plan, ClassifierGuidance(Classifier(), 1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pyguide.Sampler(model, plan, ClassifierGuidance(Classifier(), 1.0, interval=(0.1, 1.0)))
+        pyguide.Sampler(model, ddpm, ClassifierGuidance(Classifier(), 1.0, form="mean"))
+        pyguide.Sampler(model, plan_of(), ClassifierGuidance(Classifier(), 1.0))

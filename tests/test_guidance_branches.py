@@ -237,7 +237,7 @@ WRONG = [
     ),
     (lambda: run(CFGPlusPlus(0.5)), ValueError, "guidance: CFG\\+\\+ needs a plan of both.*noise_apart=True"),
     (lambda: run(CFGPlusPlus(0.5), plan=FLOW), ValueError, "guidance: CFG\\+\\+ needs a plan of both.*dpmpp_2m"),
-    (lambda: run(Autoguidance(2.0, 3)), TypeError, "weak_model: obj: got builtins.int"),
+    (lambda: run(Autoguidance(2.0, 3)), TypeError, "weak_model: got builtins.int"),
     (lambda: run(EditCFG(7.0), "uncond", "cond"), ValueError, "image: .* needs its conditions"),
     (
         lambda: run(Compose({"cat": 5.0}), "uncond", "cat", "dog"),
@@ -252,6 +252,18 @@ APART = pyguide.compile("ddim", PATH, noise_apart=True)
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("method", [CFG, EditCFG, CFGPlusPlus, lambda net: Autoguidance(net, 2.0)])
+def test_a_module_is_no_scale(method):
+    """It is callable, as a schedule is: the two arguments were swapped."""
+    with pytest.raises(TypeError, match=r"scale: expected a number, .* got the module Linear"):
+        method(torch.nn.Linear(1, 1))
+
+
+def test_methods_say_their_scales():
+    assert repr(EditCFG(7.0, 1.5)) == "EditCFG(scale=7.0, image_scale=1.5)"
+    assert repr(PerturbedGuidance(5.0, 3.0)) == "PerturbedGuidance(scale=5.0, perturbed_scale=3.0)"
 
 
 def test_a_weak_model_told_another_time_is_refused():

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..backends import Backend
 from ..guidance import ClassifierGuidance
 from ..guidance.classifier import Form
@@ -159,7 +161,8 @@ class Program:
     """
 
     def __init__(self, case: Case, steps: int) -> None:
-        plan = guide(case.plan(steps), case.form).plan
+        plan = case.plan(steps)
+        plan = guide(plan, case.form, np.ones(plan.evaluations, bool)).plan
         self.rows, self.learned, self.timesteps = plan.rows[1:], plan.learned_variance, plan.timestep.tolist()
         self.noisy = any(row.n[0] for row in self.rows)
         if plan.slots != 1 or any(row.e[0] for row in self.rows):

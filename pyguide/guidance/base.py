@@ -25,6 +25,7 @@ class Scheduled:
         variance-preserving path. All evaluations of a step are treated alike.
     """
 
+    shown: tuple[str, ...] = ("scale",)  # by repr
     neutral: float  # the scale outside the intervals, at which the method does nothing
 
     def __init__(
@@ -73,7 +74,7 @@ class Scheduled:
         return acting
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(scale={self.scale})"
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in self.shown)})"
 
 
 class Guidance(Scheduled):
@@ -127,6 +128,9 @@ class Guidance(Scheduled):
 
 def checked(name: str, scale: Scale) -> Checked:
     """A scale as float64, or as the function that it is; ValueError or TypeError naming it."""
+    if hasattr(scale, "parameters"):
+        got = f"the module {type(scale).__name__}"
+        raise TypeError(f"{name}: expected a number, one per sample, or a function (step, steps), got {got}")
     return scale if callable(scale) else _finite(name, scale)
 
 

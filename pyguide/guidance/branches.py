@@ -24,6 +24,7 @@ class EditCFG(Guidance):
     """
 
     branches = ("uncond", "image", "cond")
+    shown = ("scale", "image_scale")
 
     def __init__(
         self,
@@ -113,13 +114,15 @@ class Autoguidance(Guidance):
 class PerturbedGuidance(Guidance):
     """G = u + scale (c - u) + perturbed_scale (c - p), p the output of a pass that the model itself makes worse.
 
+    scale: that of classifier-free guidance; 1 leaves the unconditional branch out. perturbed_scale: of the other term.
     Perturbed attention, skipped layers, smoothed energies: whatever the model does for the samples of the branch
-    `perturbed`, by which condition it knows them (conds["perturbed"], the same names as those of cond). With scale 1,
-    c + perturbed_scale (c - p), without the unconditional branch. Outside of the intervals the conditional model alone.
+    `perturbed`, which it knows by a condition (conds["perturbed"], the same names as those of cond). Outside of the
+    intervals the conditional model alone.
     Source: Ahn et al. 2024 (perturbed-attention guidance), eq. 11 with classifier-free guidance; Hong 2024 (SEG).
     """
 
     branches = ("uncond", "cond", "perturbed")
+    shown = ("scale", "perturbed_scale")
 
     def __init__(
         self,

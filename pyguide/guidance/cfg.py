@@ -47,7 +47,8 @@ class CFGPlusPlus(Guidance):
         if not any(any(row.d) and any(row.e) for row in plan.rows):
             raise ValueError(
                 f"guidance: CFG++ needs a plan of both the clean sample and the noise, and that of {plan.solver} has "
-                'one of them; expected one such as compile("ddim", path, noise_apart=True)'
+                'one of them; expected one such as compile("ddim", path, noise_apart=True), not with '
+                "use_clipped_model_output"
             )
         scales = self.scales(plan, batch)
         if (scales < 0).any() or (scales > 1).any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from ..layout import Row, join_row
 from ..path import Floats
 from ..plan import Plan
+
+NEARLY_NOISE = 1e4  # sigma^2 / alpha: cosine schedules from their last timestep, which trailing spacing begins with
 
 
 class GuidedPlan(NamedTuple):
@@ -27,17 +30,20 @@ class GuidedPlan(NamedTuple):
         return GuidedPlan(plan, every, ~every, tuple(range(plan.evaluations + 1)))
 
 
-def guide(plan: Plan, form: str) -> GuidedPlan:
-    """The plan with a classifier's gradient in its rows. ValueError naming form and what the plan lacks for it."""
+def guide(plan: Plan, form: str, acting: NDArray[np.bool_]) -> GuidedPlan:
+    """The plan with a classifier's gradient in its rows. ValueError naming form and what the plan lacks for it.
+
+    acting: [R] the evaluations inside the guidance's intervals.
+    """
     if form == "input":
         return _input(plan)
-    columns = _score(plan) if form == "score" else _mean(plan)
+    columns = _score(plan, acting) if form == "score" else _mean(plan)
     rows = [plan.rows[0], *(row._replace(q=q.tolist()) for row, q in zip(plan.rows[1:], columns, strict=True))]
     guided = replace(plan, table=np.array([join_row(row) for row in rows]))
     return GuidedPlan.unguided(guided)._replace(classifier=(columns != 0).any(axis=1))
 
 
-def _score(plan: Plan) -> Floats:
+def _score(plan: Plan, acting: NDArray[np.bool_]) -> Floats:
     """q [R, M]: D += (sigma^2 / alpha) g and E -= sigma g of the evaluation that a row consumes.
 
     q_r = d_r sigma^2 / alpha - (e_r / e_m) sigma, with e_m = -alpha a_g / sigma the share of the model's output in E.
@@ -46,7 +52,7 @@ def _score(plan: Plan) -> Floats:
         raise ValueError(
             "form: 'score' cannot be had with a learned variance, which multiplies the gradient; expected 'mean'"
         )
-    q = np.zeros((plan.evaluations, plan.slots))
+    q, faint = np.zeros((plan.evaluations, plan.slots)), list[int]()
     for i, row in enumerate(plan.rows[1:]):
         alpha, sigma, d, e = plan.alpha[i], plan.sigma[i], np.array(row.d), np.array(row.e)
         if np.isfinite([row.clip_lo, row.clip_hi]).any() and e.any():
@@ -56,9 +62,20 @@ def _score(plan: Plan) -> Floats:
             )
         if alpha == 0:  # pure noise: p(y | x) does not depend on x
             continue
+        if sigma**2 > NEARLY_NOISE * alpha and acting[i] and (d.any() or e.any()):
+            faint.append(i)
         q[i] = d * (sigma**2 / alpha)
         if e.any():
             q[i] += e * (sigma**2 / (alpha * row.a_g))
+    if faint:
+        factor = max(plan.sigma[i] ** 2 / plan.alpha[i] for i in faint)
+        warnings.warn(
+            f"form='score' multiplies the gradient by sigma^2 / alpha, up to {factor:.0g} in {plan.solver}'s first "
+            f"{len(faint)} of {plan.evaluations} evaluations, where x is almost pure noise; the gradient of a trained "
+            "classifier does not vanish there as that of an exact one: leave them out with interval or sigma_interval",
+            RuntimeWarning,
+            stacklevel=5,
+        )
     return q
 
 
