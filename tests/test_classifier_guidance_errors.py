@@ -192,7 +192,7 @@ def test_labels_that_mean_something_else(backend):
 
 
 def test_a_start_close_to_pure_noise_is_warned_of():
-    """sigma^2 / alpha = 2e4 at the last timestep of a cosine schedule; not where that is left out, nor in other forms."""
+    """sigma^2 / alpha = 2e4 at the last timestep of a cosine schedule; not where that is left out, nor elsewhere."""
     path = pyguide.schedules.cosine().path(10, spacing="trailing")
     plan, ddpm = pyguide.compile("dpmpp_2m", path), pyguide.compile("ddpm", path)
     with pytest.warns(RuntimeWarning, match=r"up to 2e\+04 in dpmpp_2m's first 1 of 10 evaluations"):
