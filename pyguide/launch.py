@@ -88,6 +88,7 @@ class NativeStep:
         self.dtype: Any = launch.inputs[0].dtype  # of the model's outputs: what its inputs are until one says otherwise
         self.bumped, self.bump = versions(launch)
         self.supplied = False
+        self.walked: dict[Any, tuple[int, ...]] = {}
         self.step = self._bind()
 
     def _bind(self) -> Any:
@@ -128,9 +129,17 @@ class NativeStep:
     def attach(self, *, gradient: Array | None = None, variance: Array | None = None) -> None:
         self.launch.attach(gradient, variance)
         if gradient is not None:
-            self.step.set_gradient(*_walk(gradient))
+            self.step.set_gradient(arrays.pointer(gradient), *self._strides(gradient))
         if variance is not None:
-            self.step.set_variance(*_walk(variance), self.launch.variance_branch)
+            self.step.set_variance(arrays.pointer(variance), *self._strides(variance), self.launch.variance_branch)
+
+    def _strides(self, array: Array) -> tuple[int, ...]:
+        """Those of `_walk`; the same few come at every evaluation."""
+        key = tuple(array.shape), array.strides if isinstance(array, np.ndarray) else array.stride()
+        known = self.walked.get(key)
+        if known is None:
+            known = self.walked[key] = _walk(array)[1:]
+        return known
 
     def advance(self, outputs: Sequence[Array | None]) -> None:
         addresses = self._addresses(outputs)  # first: outputs of another dtype make another step

@@ -34,6 +34,7 @@ class Outputs:
         self.learned = plan.learned_variance
         self.axis = models[0].channel_dim % launch.inputs[0].ndim
         self.channels = launch.inputs[0].shape[self.axis]
+        self._shapes: dict[int, tuple[int, ...]] = {}  # of doubled outputs, by call
         # a model that says of itself that it has a learned variance may be run by a plan that has no use for it
         self.doubled = self.learned or models[0].learned_variance or models[0].out_channels == 2 * self.channels
 
@@ -47,12 +48,17 @@ class Outputs:
             return Given(found, None)
         variance = None
         if self.learned:
-            variance = self._part(found[self.launch.variance_branch if len(found) > 1 else 0], self.channels, None)
-        return Given([None if out is None else self._part(out, None, self.channels) for out in found], variance)
+            variance = self._part(found[self.launch.variance_branch if len(found) > 1 else 0], self.channels)
+        return Given([None if out is None else self._part(out, 0) for out in found], variance)
 
-    def _part(self, out: Array, start: int | None, stop: int | None) -> Array:
-        cut: Any = (slice(None),) * self.axis + (slice(start, stop),)
-        part = out[cut]
+    def _part(self, out: Array, start: int) -> Array:
+        """Its C channels from `start`."""
+        if self.is_numpy:
+            part = out[(slice(None),) * self.axis + (slice(start, start + self.channels),)]
+        else:
+            part = out.narrow(self.axis, start, self.channels)
+            if self.axis == 1 and out.is_contiguous():
+                return part
         return part if arrays.walkable(part) else arrays.cast(part, arrays.dtype_name(part))
 
     def _by_branch(self, outputs: list[Array], calls: list[Call]) -> list[Array]:
@@ -67,7 +73,7 @@ class Outputs:
 
     def _accepted(self, out: Array, call: Call) -> Array:
         """The model's output, checked; copied only if the kernel cannot walk it or it lies in the model's own input."""
-        if out.dtype != self.dtype or self.doubled or out.shape != call.shape:
+        if out.dtype != self.dtype or out.shape != (self._twice(call) if self.doubled else call.shape):
             self._check(out, call)
         if self.is_numpy:
             clean = out.flags.c_contiguous and out.flags.aligned and not self._overlaps(out)
@@ -100,8 +106,18 @@ class Outputs:
             raise ValueError("model: the output requires grad, and sampling is not differentiable; detach it")
         self.dtype = out.dtype
 
+    def _doubled(self, x: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of x with twice the channels."""
+        return (*x[: self.axis], 2 * self.channels, *x[self.axis + 1 :])
+
+    def _twice(self, call: Call) -> tuple[int, ...]:
+        shape = self._shapes.get(id(call))
+        if shape is None:
+            shape = self._shapes[id(call)] = self._doubled(call.shape)
+        return shape
+
     def _check_shape(self, shape: tuple[int, ...], x: tuple[int, ...]) -> None:
-        twice = (*x[: self.axis], 2 * self.channels, *x[self.axis + 1 :])
+        twice = self._doubled(x)
         if shape == (twice if self.doubled else x):
             return
         expected = f"an output of shape {twice if self.doubled else x}"
