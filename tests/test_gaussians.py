@@ -335,6 +335,7 @@ def test_a_gradient_added_outside_of_the_plan_is_of_order_1() -> None:
 
 
 # ---- examples/gaussians.py -----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_example_draws_its_figure(tmp_path: Path) -> None:
     out = tmp_path / "figure.png"
     command = [sys.executable, EXAMPLE, "--out", out, "--samples", "8", "--steps", "10", "--strengths", "0", "3"]

@@ -124,7 +124,7 @@ def process(betas: Any, kept: list[int]) -> Process:
     return Process(new, bar, before, posterior, clipped, error)
 
 
-@pytest.mark.parametrize("respacing", ["25", "10,10,5", "ddim25", "3", "1000"])
+@pytest.mark.parametrize("respacing", ["25", "10,10,5", "ddim25", "3", pytest.param("1000", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("betas", BETAS)
 def test_variances_are_those_of_guided_diffusion(betas: str, respacing: str) -> None:
     """FIXED_SMALL, FIXED_LARGE (whose first is the posterior variance of the second), LEARNED, LEARNED_RANGE."""
