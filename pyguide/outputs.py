@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +13,6 @@ from .conditions import Call, Routing
 from .launch import Launch
 from .models import Model
 from .plan import Plan
-
-
-class Given(NamedTuple):
-    """The outputs of one evaluation."""
-
-    outputs: list[Array]  # one for all branches, or one per branch (None: not called)
-    variance: Array | None  # the channels that hold the learned variance, of the launch's variance branch
 
 
 class Outputs:
@@ -34,22 +27,28 @@ class Outputs:
         self.learned = plan.learned_variance
         self.axis = models[0].channel_dim % launch.inputs[0].ndim
         self.channels = launch.inputs[0].shape[self.axis]
+        self.variance: Array | None = None  # the channels that hold the learned variance of the last evaluation
         self._shapes: dict[int, tuple[int, ...]] = {}  # of doubled outputs, by call
         # a model that says of itself that it has a learned variance may be run by a plan that has no use for it
         self.doubled = self.learned or models[0].learned_variance or models[0].out_channels == 2 * self.channels
 
-    def of(self, routing: Routing) -> Given:
-        """One for all branches, or one per branch."""
+    def of(self, routing: Routing) -> list[Array]:
+        """One for all branches, or one per branch (None: not called)."""
         models, accepted = self.models, self._accepted
         found = [accepted(models[call.branch](call.x, call.t, **call.cond), call) for call in routing.calls]
+        if self.batched and not self.doubled:
+            return found
+        return self._sorted(found, routing.calls)
+
+    def _sorted(self, found: list[Array], calls: list[Call]) -> list[Array]:
+        """By branch, and without the channels that are a learned variance, which are kept apart."""
         if not self.batched:
-            found = self._by_branch(found, routing.calls)
+            found = self._by_branch(found, calls)
         if not self.doubled or not found:
-            return Given(found, None)
-        variance = None
+            return found
         if self.learned:
-            variance = self._part(found[self.launch.variance_branch if len(found) > 1 else 0], self.channels)
-        return Given([None if out is None else self._part(out, 0) for out in found], variance)
+            self.variance = self._part(found[self.launch.variance_branch if len(found) > 1 else 0], self.channels)
+        return [None if out is None else self._part(out, 0) for out in found]
 
     def _part(self, out: Array, start: int) -> Array:
         """Its C channels from `start`."""
@@ -73,7 +72,10 @@ class Outputs:
 
     def _accepted(self, out: Array, call: Call) -> Array:
         """The model's output, checked; copied only if the kernel cannot walk it or it lies in the model's own input."""
-        if out.dtype != self.dtype or out.shape != (self._twice(call) if self.doubled else call.shape):
+        if out.shape != call.shape or out.dtype != self.dtype:
+            if not self.doubled or out.shape != self._twice(call) or out.dtype != self.dtype:
+                self._check(out, call)
+        elif self.doubled:
             self._check(out, call)
         if self.is_numpy:
             clean = out.flags.c_contiguous and out.flags.aligned and not self._overlaps(out)

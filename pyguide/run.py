@@ -83,7 +83,7 @@ class Run:
             raise ValueError(f"{named[1]}: expected one source of noise, got {' and '.join(named)}")
         self.seeds = None if seeds is None else check_seeds(seeds, self.batch)
         ordinals, rows = sampler.guided.ordinals, self.plan.stochastic_rows
-        elsewhere = self.seeds if any(ordinals[row] != row for row in rows) else None
+        elsewhere = self.seeds if self.seeds and any(ordinals[row] != row for row in rows) else None
         self.draws = Draws(self.plan, noise, generator, noises, elsewhere, ordinals)
         self.noisy = frozenset(rows if seeds is None or elsewhere is not None else ())
         self.batched = sampler.cfg is None or sampler.cfg.batched
@@ -119,6 +119,7 @@ class Run:
             if told.classifier is not None and sampler.classifier is not None and set(seen) - {"labels"}:
                 raise ValueError(f'conds["classifier"]: a classifier is told labels, got {sorted(seen)}')
             self.gradient = gradient(self, guidance, sampler.classifier, seen, scales)
+        self.plain = self.gradient is None and not self.outputs.learned  # a row reads nothing but the model's outputs
         if sampler.cuda_graph:
             self.captured = CapturedLoop(self)
 
@@ -126,13 +127,17 @@ class Run:
     def _weights(self) -> tuple[Weights, Weights | None]:
         """Of the branches at every evaluation [R, B, K], for G and, if that is another combination, for U; all 0 where
         only a classifier is called."""
-        cfg, plan, called = self.sampler.cfg, self.plan, self.sampler.guided.model[:, None, None]
+        cfg, plan, called = self.sampler.cfg, self.plan, self.sampler.guided.model
         if cfg is None:
-            return np.where(called, np.ones((plan.evaluations, self.batch, 1)), 0.0), None
-        weights, second = cfg.table(plan, self.batch), cfg.second(plan, self.batch)
-        if cfg.space != "model" and not np.allclose(weights.sum(axis=-1), 1):
+            weights, second = np.ones((plan.evaluations, self.batch, 1)), None
+        else:
+            weights, second = cfg.table(plan, self.batch), cfg.second(plan, self.batch)
+        if cfg is not None and cfg.space != "model" and not np.allclose(weights.sum(axis=-1), 1):
             raise ValueError(f"space: {cfg!r} has weights whose sum is not 1; only 'model' is combined")
-        return np.where(called, weights, 0.0), None if second is None else np.where(called, second, 0.0)
+        if not called.all():
+            weights = np.where(called[:, None, None], weights, 0.0)
+            second = None if second is None else np.where(called[:, None, None], second, 0.0)
+        return weights, second
 
     def _keep_variance(self, active: NDArray[np.bool_]) -> int:
         """The branch whose learned variance the plan reads: the conditional one, which then is always called, or the
@@ -149,9 +154,10 @@ class Run:
     def _scales(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """The scale of the classifier's gradient [R + 1, B], by the row that reads it, and where it is called [R]."""
         guidance, plan = self.sampler.guidance, self.plan
+        if not isinstance(guidance, ClassifierGuidance):
+            return np.zeros((0, self.batch)), self.sampler.guided.classifier
         scales = np.zeros((plan.evaluations + 1, self.batch))
-        if isinstance(guidance, ClassifierGuidance):
-            scales[1:] = guidance.scales(plan, self.batch)
+        scales[1:] = guidance.scales(plan, self.batch)
         return scales, self.sampler.guided.classifier & (scales[1:] != 0).any(axis=1)
 
     def _by_branch(self, told: Told, needed: NDArray[np.bool_]) -> list[Cond]:
@@ -260,17 +266,21 @@ class Run:
         turn = self._turn if self.captured is None else self.captured.turn
         bar = _bar(len(self.routes)) if self.sampler.progress else None
         number, last, denoised = -1, 0, None  # of the model's evaluations; the last of them, and what it predicted
+        moved = [not routing.calls for routing in self.routes[1:]] + [False]  # by a classifier, before x is done
         try:
             for i, routing in enumerate(self.routes):
                 turn(i, routing)
                 if bar is not None:
                     bar.update()
-                if self.wants_events and routing.calls:
+                if not self.wants_events:
+                    yield None
+                    continue
+                if routing.calls:
                     number, last, denoised = number + 1, i, self._denoised(i, routing)
-                if i + 1 < len(self.routes) and not self.routes[i + 1].calls:
-                    continue  # x is not done: a classifier moves it first
-                event = self._event(number, last, i, denoised, routing.guided) if self.wants_events else None
-                if callback is not None and event is not None:
+                if moved[i]:
+                    continue
+                event = self._event(number, last, i, denoised, routing.guided)
+                if callback is not None:
                     callback(event)
                 yield event
         finally:
@@ -281,18 +291,20 @@ class Run:
 
     def _turn(self, i: int, routing: Routing) -> None:
         """Evaluation i: the model, then the row that consumes it."""
-        outputs = self.evaluate(i, routing)
-        self.draw(i + 1)
+        outputs = self.outputs.of(routing) if self.plain else self.evaluate(i, routing)
+        if i + 1 in self.noisy:
+            self.draw(i + 1)
         self.step.advance(outputs)  # type: ignore[union-attr]  # events() has looked
 
     def evaluate(self, i: int, routing: Routing) -> list[Array]:
         """The model's outputs at evaluation i; what else its row reads is attached to the step."""
         if routing.guided:
             self.step.attach(gradient=self.gradient(i, routing))  # type: ignore[misc, union-attr]
-        outputs, variance = self.outputs.of(routing)
-        if variance is not None:
-            self.step.attach(variance=variance)  # type: ignore[union-attr]
-        return outputs
+        outputs = self.outputs
+        given = outputs.of(routing)
+        if outputs.variance is not None:
+            self.step.attach(variance=outputs.variance)  # type: ignore[union-attr]
+        return given
 
     def draw(self, row: int) -> None:
         """Noise from outside for a row that adds some; rows with seeds draw theirs in the kernel."""
