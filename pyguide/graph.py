@@ -60,8 +60,8 @@ class CapturedLoop:
         settings = (run.wants_events, run.launch.check, step.supplied, run.backend, autocast(run.device))
         guided = None if run.gradient is None else run.gradient.key()
         models = run.sampler.branch_models
-        addresses = tuple(model.addresses() for model in models)
-        self.common = (settings, step.resident.layout, models, addresses, guided)
+        weights = tuple(model.addresses() for model in models)
+        self.common = (settings, step.resident.layout, models, weights, guided)
         self.ready: dict[int, Graph] = {}
         self.rows = run.launch.samples["row"]  # the host's copy: all samples of a run stand at one row
 

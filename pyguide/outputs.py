@@ -72,10 +72,8 @@ class Outputs:
 
     def _accepted(self, out: Array, call: Call) -> Array:
         """The model's output, checked; copied only if the kernel cannot walk it or it lies in the model's own input."""
-        if out.shape != call.shape or out.dtype != self.dtype:
-            if not self.doubled or out.shape != self._twice(call) or out.dtype != self.dtype:
-                self._check(out, call)
-        elif self.doubled:
+        expected = self._twice(call) if self.doubled else call.shape
+        if out.shape != expected or out.dtype != self.dtype:
             self._check(out, call)
         if self.is_numpy:
             clean = out.flags.c_contiguous and out.flags.aligned and not self._overlaps(out)
