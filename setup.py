@@ -32,8 +32,8 @@ FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # unread o
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
 
-NATIVE_SOURCES = ("bindings", "classifier_grad_bindings", "dispatch")  # of csrc, besides cpu.cpp
-CUDA_SOURCES = ("step", "classifier_grad")  # of kernels
+NATIVE_SOURCES = ("bindings", "classifier_grad_bindings", "dispatch", "moments_bindings")  # of csrc, besides cpu.cpp
+CUDA_SOURCES = ("step", "classifier_grad", "moments", "quantile")  # of kernels
 
 CUDA = os.environ.get("PYGUIDE_CUDA", "auto")
 if CUDA not in ("auto", "0", "1"):

@@ -8,57 +8,13 @@
 #include <vector>
 
 #include "classifier_grad_bindings.h"
-#include "launch.h"
 #include "philox.h"
+#include "step_bindings.h"
 
 namespace py = pybind11;
 using namespace pyguide;
 
 namespace {
-
-// Above this many elements the GIL is released during the kernel. Below, handing it over costs more than the kernel: a
-// thread that wants it back may wait a whole switch interval (5 ms).
-constexpr int64_t RELEASE_GIL = 1 << 18;
-
-struct Step : Launch {
-  using Launch::Launch;
-  bool running = false;  // with the GIL released
-
-  // Both: false with a Python exception set.
-  bool idle() const {
-    if (running) PyErr_SetString(PyExc_ValueError, "run: this Step is running in another thread");
-    return !running;
-  }
-  bool launch(bool refresh) {
-    if (!check(refresh)) {
-      PyErr_SetString(PyExc_ValueError, error.c_str());
-      return false;
-    }
-    if (active.empty()) return true;
-    if (placement.placed()) {
-      if (!enqueue(refresh)) return false;
-    } else if (elements() >= RELEASE_GIL) {
-      running = true;
-      Py_BEGIN_ALLOW_THREADS;
-      run(refresh);
-      Py_END_ALLOW_THREADS;
-      running = false;
-    } else {
-      run(refresh);
-    }
-    finish(refresh);
-    return true;
-  }
-  bool enqueue(bool refresh) {
-    try {
-      cuda_step(args, placement, refresh);
-    } catch (const std::exception& e) {
-      PyErr_SetString(PyExc_RuntimeError, e.what());
-      return false;
-    }
-    return true;
-  }
-};
 
 // The Step behind `self`; null with a Python exception set.
 Step* step_of(PyObject* self, const char* name) {
@@ -87,23 +43,40 @@ bool set_outputs(Step& step, const char* name, PyObject* const* pointers, Py_ssi
 // run(*ptrs) as METH_FASTCALL: pybind11's own dispatch would cost more than the rest of a small call.
 PyObject* step_run(PyObject* self, PyObject* const* pointers, Py_ssize_t count) {
   Step* step = step_of(self, "run");
-  if (!step || !set_outputs(*step, "run", pointers, count) || !step->launch(false)) return nullptr;
+  if (!step || !set_outputs(*step, "run", pointers, count) || !step->launch(Work::ROW)) return nullptr;
+  Py_RETURN_NONE;
+}
+bool has_moments(const Step& step, const char* name) {
+  if (!step.before.weighs) PyErr_Format(PyExc_ValueError, "%s: set_moments() was not called", name);
+  return step.before.weighs;
+}
+PyObject* step_moments(PyObject* self, PyObject* const* pointers, Py_ssize_t count) {
+  Step* step = step_of(self, "moments");
+  if (!step || !has_moments(*step, "moments") || !set_outputs(*step, "moments", pointers, count) ||
+      !step->launch(Work::MOMENTS))
+    return nullptr;
+  Py_RETURN_NONE;
+}
+PyObject* enqueued(PyObject* self, const char* name, Work work, PyObject* const* pointers, Py_ssize_t count) {
+  Step* step = step_of(self, name);
+  if (!step || (work == Work::MOMENTS && !has_moments(*step, name))) return nullptr;
+  if (!step->placement.placed()) {
+    PyErr_Format(PyExc_ValueError, "%s: place() was not called: this Step runs on the CPU, where %s() is meant", name,
+                 work == Work::MOMENTS ? "moments" : "run");
+    return nullptr;
+  }
+  if (!set_outputs(*step, name, pointers, count) || !step->enqueue(work)) return nullptr;
   Py_RETURN_NONE;
 }
 PyObject* step_enqueue(PyObject* self, PyObject* const* pointers, Py_ssize_t count) {
-  Step* step = step_of(self, "enqueue");
-  if (!step) return nullptr;
-  if (!step->placement.placed()) {
-    PyErr_SetString(PyExc_ValueError,
-                    "enqueue: place() was not called: this Step runs on the CPU, where run() is meant");
-    return nullptr;
-  }
-  if (!set_outputs(*step, "enqueue", pointers, count) || !step->enqueue(false)) return nullptr;
-  Py_RETURN_NONE;
+  return enqueued(self, "enqueue", Work::ROW, pointers, count);
+}
+PyObject* step_enqueue_moments(PyObject* self, PyObject* const* pointers, Py_ssize_t count) {
+  return enqueued(self, "enqueue_moments", Work::MOMENTS, pointers, count);
 }
 PyObject* step_refresh(PyObject* self, PyObject*) {
   Step* step = step_of(self, "refresh");
-  if (!step || !step->idle() || !step->launch(true)) return nullptr;
+  if (!step || !step->idle() || !step->launch(Work::REFRESH)) return nullptr;
   Py_RETURN_NONE;
 }
 template <class F>
@@ -115,9 +88,14 @@ PyMethodDef step_methods[] = {
      "run(*outputs): one row of every sample that is not at its end. No address: the outputs as set; one: the data of "
      "all outputs; K: the data of each. Raises ValueError before anything is written. On a GPU: one launch on "
      "`stream`, under the GIL: to hand it over costs more than the microseconds that a launch takes."},
+    {"moments", fastcall(step_moments), METH_FASTCALL,
+     "moments(*outputs): what run(*outputs) computes before the step, and no step: the moments and weights blocks of "
+     "the samples, or their guided output. With own = False that is then not done again by run()."},
     {"enqueue", fastcall(step_enqueue), METH_FASTCALL,
      "enqueue(*outputs): one launch on a GPU, without a look at the host copies and without a change to them; the "
      "device's own rows decide what runs, and an absent output that a row reads is NaN. For captures. Under the GIL."},
+    {"enqueue_moments", fastcall(step_enqueue_moments), METH_FASTCALL,
+     "enqueue_moments(*outputs): moments(*outputs) as enqueue() has the rest: for captures."},
     {"refresh", step_refresh, METH_NOARGS,
      "refresh(): writes again the model input and timestep of the evaluation that is due, from the current s_0."},
 };
@@ -172,7 +150,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_SLOTS") = MAX_SLOTS;
 
   py::class_<Step> c(
-      m, "Step",
+      m, "Step", py::module_local(),  // another build of this module may be loaded beside it
       "A launch over fixed sizes. Addresses are integers, strides count elements; the caller owns the memory.");
   c.def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const std::string&, const std::string&,
                  const std::string&, const std::string&>(),
@@ -196,7 +174,8 @@ PYBIND11_MODULE(_C, m) {
         s.args.variance = {reinterpret_cast<void*>(data), batch_stride, channel_stride, inner_stride};
       },
       py::arg("ptr"), py::arg("batch_stride") = 0, py::arg("channel_stride") = 0, py::arg("inner_stride") = 0,
-      py::arg("branch") = 0, "learned variance, output_type, at the batch index of `branch`");
+      py::arg("branch") = 0,
+      "learned variance, output_type (state_type with moments by groups), at the batch index of `branch`");
   c.def(
       "set_time", [](Step& s, int64_t k, uintptr_t data) { s.args.time[s.branch(k)] = reinterpret_cast<void*>(data); },
       py::arg("k"), py::arg("ptr"), "timesteps of branch k, time_type; no address: not written");
@@ -233,6 +212,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("target"),
       "This Step runs on GPU `device`. The addresses there of what samples, tables, weights, bound and route() name on "
       "the host, where the checks read it; every other address is one of the device from now on");
+  bind_moments(c);
   c.def_property(
       "stream", [](const Step& s) { return reinterpret_cast<uintptr_t>(s.placement.stream); },
       [](Step& s, uintptr_t value) { s.placement.stream = reinterpret_cast<void*>(value); },

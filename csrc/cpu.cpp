@@ -297,9 +297,13 @@ void normals(void* to, Type type, int64_t first, int64_t count, uint64_t seed, u
 }  // namespace pyguide
 
 #include "classifier_grad_cpu.h"  // on Native
+#include "groups_cpu.h"
+#include "moments_cpu.h"
+#include "quantile_cpu.h"
 
 namespace pyguide {
 
-extern const Kernel PG_CAT(kernel_, PG_LEVEL_NAME) = {PG_STRING(PG_ISA), step, normals, classifier_grad};
+extern const Kernel PG_CAT(kernel_, PG_LEVEL_NAME) = {PG_STRING(PG_ISA), step,   normals, classifier_grad,
+                                                      moments,           guided, quantile};
 
 }  // namespace pyguide

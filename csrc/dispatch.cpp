@@ -1,6 +1,9 @@
 // Chooses the instruction set at run time and splits a launch over OpenMP threads: the step by (sample, block range),
-// as it is elementwise, the classifier's gradient by sample. Neither the number of threads nor the split changes a bit.
+// as it is elementwise, moments by (sample, chunk) or (sample, groups), quantiles and the classifier's gradient by
+// sample. Neither the number of threads nor the split changes a bit.
 #include "cpu.h"
+
+#include <string.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -16,7 +19,7 @@ namespace {
 // 8,100 elements of a DDIM row (2 us), but at 16,000 they save 1 us at best, and where the cores have other work a
 // barrier costs a time slice: 8 ms a row at 16,000 elements with two busy neighbours, against 11 us with one thread.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;
-constexpr int64_t PHILOX_WORK = 4, EXP_WORK = 2;
+constexpr int64_t PHILOX_WORK = 4, EXP_WORK = 2, QUANTILE_WORK = 4;
 
 struct Available {
   const Kernel* kernels[3];
@@ -66,6 +69,25 @@ bool has_openmp() {
 #endif
 }
 
+// f(first, last) of `units`, on as many threads as asked for, or as `work` (in elements) pays for.
+template <class F>
+static void split([[maybe_unused]] int64_t asked, int64_t units, [[maybe_unused]] int64_t work, const F& f) {
+#ifdef _OPENMP
+  int64_t threads = asked > 0 ? asked : omp_get_max_threads();
+  if (asked <= 0 && threads > work / ELEMENTS_PER_THREAD) threads = work / ELEMENTS_PER_THREAD;
+  if (threads > units) threads = units;
+  if (threads > 1) {
+#pragma omp parallel num_threads(int(threads))
+    {
+      const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
+      f(units * t / n, units * (t + 1) / n);
+    }
+    return;
+  }
+#endif
+  if (units > 0) f(0, units);
+}
+
 // Units are (sample, block) pairs in order; a thread takes [first, last) of them.
 static void run_units(const Kernel& kernel, const StepArgs& args, const int32_t* active, int64_t blocks, int64_t first,
                       int64_t last, bool refresh) {
@@ -85,24 +107,68 @@ static void run_units(const Kernel& kernel, const StepArgs& args, const int32_t*
 void execute(const StepArgs& args, const int32_t* active, int64_t count, bool refresh, bool philox) {
   const Kernel& kernel = *current_kernel();
   const int64_t blocks = (args.channels * args.inner + BLOCK - 1) / BLOCK, units = blocks * count;
-  if (units == 0) return;
-#ifdef _OPENMP
-  int64_t threads = args.threads > 0 ? args.threads : omp_get_max_threads();
-  if (args.threads <= 0) {
-    const int64_t paying = units * BLOCK * (philox ? PHILOX_WORK : 1) / ELEMENTS_PER_THREAD;
-    if (threads > paying) threads = paying;
-  }
-  if (threads > units) threads = units;
-  if (threads > 1) {
-#pragma omp parallel num_threads(int(threads))
-    {
-      const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
-      run_units(kernel, args, active, blocks, units * t / n, units * (t + 1) / n, refresh);
-    }
+  split(args.threads, units, units * BLOCK * (philox ? PHILOX_WORK : 1),
+        [&](int64_t first, int64_t last) { run_units(kernel, args, active, blocks, first, last, refresh); });
+}
+
+// The moments of sample b from those of its chunks, its program, and the weights block that comes of them.
+template <class T>
+static void weigh(const StepArgs& args, const MomentsArgs& m, int64_t b) {
+  const Sample& sample = args.samples[b];
+  T* const weights = static_cast<T*>(const_cast<void*>(args.weights));
+  const int64_t width = weights_width(args.branches, args.slots, args.guidance_slots);
+  const WeightsProgram& p = m.program;
+  if (!acts(m, b, sample.row)) {
+    memmove(weights + sample.weights, weights + plain_block(m, b, sample.row), size_t(width) * sizeof(T));
     return;
   }
-#endif
-  run_units(kernel, args, active, blocks, 0, units, refresh);
+  double registers[MAX_REGISTERS];
+  const int count = moments_count(p.vectors);
+  const int64_t chunks = chunks_of(args.channels * args.inner);
+  const double* partial = m.partial + b * chunks * count;
+  for (int i = 0; i < count; ++i) registers[i] = partial[i];
+  for (int64_t c = 1; c < chunks; ++c) {
+    for (int i = 0; i < count; ++i) registers[i] += partial[c * count + i];
+  }
+  if (m.moments) memcpy(m.moments + b * count, registers, size_t(count) * sizeof(double));
+  if (p.results == 0) return;
+  memcpy(registers + count, parameters_of(m, b, sample.row), size_t(p.parameters) * sizeof(double));
+  run_program(p, registers);
+  write_block(p, registers, weights + sample.weights, width);
+}
+
+void execute(const StepArgs& args, const MomentsArgs& m, const int32_t* active, int64_t count, const int32_t* acting,
+             int64_t acting_count) {
+  const Kernel& kernel = *current_kernel();
+  const int64_t N = args.channels * args.inner;
+  if (m.reduce > 0) {
+    const int64_t groups = m.outer * m.inner, tiles = (groups + GROUP_TILE - 1) / GROUP_TILE;
+    split(args.threads, tiles * count, N * count, [&](int64_t first, int64_t last) {
+      while (first < last) {
+        const int64_t i = first / tiles, tile = first - i * tiles;
+        const int64_t stop = tile + (last - first) < tiles ? tile + (last - first) : tiles;
+        const int64_t end = stop * GROUP_TILE < groups ? stop * GROUP_TILE : groups;
+        if (args.samples[active[i]].row > 0) kernel.guided(args, m, active[i], tile * GROUP_TILE, end);
+        first += stop - tile;
+      }
+    });
+    return;
+  }
+  const int64_t chunks = chunks_of(N);
+  split(args.threads, chunks * acting_count, N * acting_count, [&](int64_t first, int64_t last) {
+    for (; first < last; ++first) kernel.moments(args, m, acting[first / chunks], first % chunks);
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    if (args.samples[active[i]].row == 0) continue;
+    args.state_type == F64 ? weigh<double>(args, m, active[i]) : weigh<float>(args, m, active[i]);
+  }
+}
+
+void execute(const StepArgs& args, const QuantileArgs& q, const int32_t* active, int64_t count) {
+  const Kernel& kernel = *current_kernel();
+  split(args.threads, count, args.channels * args.inner * count * QUANTILE_WORK, [&](int64_t first, int64_t last) {
+    for (; first < last; ++first) kernel.quantile(args, q, active[first]);
+  });
 }
 
 static void run_samples(const Kernel& kernel, const ClassifierGradArgs& args, int64_t first, int64_t last) {
@@ -115,23 +181,8 @@ static void run_samples(const Kernel& kernel, const ClassifierGradArgs& args, in
 
 void execute(const ClassifierGradArgs& args) {
   const Kernel& kernel = *current_kernel();
-#ifdef _OPENMP
-  int64_t threads = args.threads > 0 ? args.threads : omp_get_max_threads();
-  if (args.threads <= 0) {
-    const int64_t paying = args.batch * args.classes * EXP_WORK / ELEMENTS_PER_THREAD;
-    if (threads > paying) threads = paying;
-  }
-  if (threads > args.batch) threads = args.batch;
-  if (threads > 1) {
-#pragma omp parallel num_threads(int(threads))
-    {
-      const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
-      run_samples(kernel, args, args.batch * t / n, args.batch * (t + 1) / n);
-    }
-    return;
-  }
-#endif
-  run_samples(kernel, args, 0, args.batch);
+  split(args.threads, args.batch, args.batch * args.classes * EXP_WORK,
+        [&](int64_t first, int64_t last) { run_samples(kernel, args, first, last); });
 }
 
 }  // namespace pyguide

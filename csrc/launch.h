@@ -10,6 +10,7 @@
 
 #include "../kernels/launch.h"
 #include "cpu.h"
+#include "moments_launch.h"
 #include "view.h"
 
 namespace pyguide {
@@ -29,10 +30,14 @@ inline Type parse(const std::string& name, const char* argument, bool integer) {
                               (integer ? "float32, float64 or int64" : "float32, float16, bfloat16 or float64"));
 }
 
+// What a launch does: a row of every sample, what comes before its step alone, or again the input that is due.
+enum class Work { ROW, MOMENTS, REFRESH };
+
 struct Launch {
   StepArgs args{};  // samples, tables, weights, bound, source and target on the host, whatever the device
   Placement placement;
-  std::vector<int32_t> active;
+  BeforeStep before;
+  std::vector<int32_t> active, acting;  // samples that run; those of them whose weights come of moments
   std::string error;
   bool philox = false;  // a sample of this launch draws normals
 
@@ -62,6 +67,7 @@ struct Launch {
     args.input_type = parse(input_type, "input_type", false);
     args.time_type = parse(time_type, "time_type", true);
     active.reserve(size_t(batch));
+    acting.reserve(size_t(batch));
   }
 
   static void require(int64_t value, const char* name, int64_t low, int64_t high) {
@@ -100,8 +106,10 @@ struct Launch {
     const StepArgs& a = args;
     const int K = a.branches;
     active.clear();
+    acting.clear();
     philox = false;
     if (a.batch == 0) return true;
+    if (before.weighs && placement.placed() && !before.placed) return fail("moments: place_moments() was not called");
     if (!a.samples) return fail("samples: no address is set");
     struct Use {
       bool used = false;
@@ -111,7 +119,7 @@ struct Launch {
         first = i < first ? i : first;
         last = i > last ? i : last;
       }
-    } outputs[MAX_BRANCHES], inputs[MAX_BRANCHES], variance, noise, gradient, denoised;
+    } outputs[MAX_BRANCHES], inputs[MAX_BRANCHES], variance, noise, gradient, denoised, guided;
     Program<T> p;
     for (int64_t b = 0; b < a.batch; ++b) {
       const Sample& s = a.samples[b];
@@ -126,12 +134,36 @@ struct Launch {
       if (!a.tables) return fail("tables: no address is set");
       if (!a.state) return fail("state: no address is set");
       if (!a.weights && s.row > 0 && !refresh) return fail("weights: no address is set");
-      build(p, a, b, refresh);
-      active.push_back(int32_t(b));
       const int64_t row = launch_row(s, refresh);
-      if ((p.reads_m || p.needs.variance()) && !a.source) return fail("source: route() was not called");
+      const T* weights = weights_block<T>(a, s, row, refresh);
+      uint32_t reads = 0;  // branches, besides those that the step reads
+      const bool seen_to = before.sees_to(row, refresh), by_groups = seen_to && before.by_groups();
+      if (seen_to) {
+        if (s.method == 0)
+          return fail(indexed("samples", b) +
+                      ".method: got 0, expected 1: with moments a sample has one weights block");
+        const bool acts = pyguide::acts(before.host, b, row);
+        const T* block = static_cast<const T*>(acts ? before.pattern : a.weights);
+        if (!acts) block += plain_block(before.host, b, row);
+        for (int k = 0; k < K; ++k) reads |= uint32_t(acts || (by_groups && block[k] != T(0))) << k;
+        if (acts) acting.push_back(int32_t(b));
+        if (!by_groups) weights = block;
+      }
+      build(Alone{}, p, a, s, table_row<T>(a, s, row), weights,
+            a.bound && !before.thresholds ? static_cast<const T*>(a.bound) + b : nullptr, refresh);
+      active.push_back(int32_t(b));
+      if (by_groups) {
+        guided.add(b);
+        const int32_t index = route(a, before.host.guided_source, b, row)[0];
+        if (p.reads_m > 1 || (p.reads_m && index != b))
+          return fail(indexed("guided_source", b) +
+                      ": expected the sample's own index in branch 0, the only one with a weight");
+      } else {
+        reads |= p.reads_m;
+      }
+      if ((reads || p.needs.variance()) && !a.source) return fail("source: route() was not called");
       for (int k = 0; k < K; ++k) {
-        if (p.reads_m >> k & 1) {
+        if (reads >> k & 1) {
           const int32_t index = route(a, a.source, b, row)[k];
           if (index < 0)
             return fail(indexed("source", b) + indexed("", k) + ": a branch with non-zero weight is absent");
@@ -144,7 +176,8 @@ struct Launch {
         }
       }
       if (p.needs.variance()) {
-        const int32_t index = route(a, a.source, b, row)[a.variance_branch];
+        const int32_t* routes = by_groups ? before.host.guided_source : a.source;
+        const int32_t index = route(a, routes, b, row)[a.variance_branch];
         if (index < 0) return fail(indexed("source", b) + ": the variance branch is absent");
         variance.add(index);
       }
@@ -154,12 +187,14 @@ struct Launch {
       if (a.denoised.data && p.needs.denoised()) denoised.add(b);
     }
     if (active.empty()) return true;
+    if (!acting.empty() && !before.by_groups() && !before.host.partial && !placement.placed())
+      return fail("partial: no address is set");
 
     struct Named {
       const char* name;
       int index;
       Range range;
-    } reads[MAX_BRANCHES + 3], writes[MAX_BRANCHES + 2];
+    } reads[MAX_BRANCHES + 3], writes[MAX_BRANCHES + 3];
     int read_count = 0, write_count = 0;
     for (int k = 0; k < K; ++k) {
       if (outputs[k].used) {
@@ -177,7 +212,7 @@ struct Launch {
       const Use& use;
       const Operand& operand;
       Type type;
-    } optional[] = {{"variance", variance, a.variance, a.output_type},
+    } optional[] = {{"variance", variance, a.variance, before.by_groups() ? a.state_type : a.output_type},
                     {"noise", noise, a.noise, a.state_type},
                     {"gradient", gradient, a.gradient, a.state_type}};
     for (const auto& o : optional) {
@@ -187,6 +222,11 @@ struct Launch {
     }
     if (denoised.used)
       writes[write_count++] = {"denoised", -1, range(a.denoised, a.state_type, denoised.first, denoised.last)};
+    if (guided.used) {
+      void* data = placement.placed() ? before.device.guided : before.host.guided;
+      const Operand o{data, a.channels * a.inner, a.inner, 1};
+      writes[write_count++] = {"guided", -1, range(o, a.state_type, guided.first, guided.last)};
+    }
     const uintptr_t state = reinterpret_cast<uintptr_t>(a.state);
     const int64_t N = a.channels * a.inner;
     writes[write_count++] = {"state", -1, {state, state + uintptr_t(a.slots * a.batch * N * int64_t(sizeof(T)))}};
@@ -226,13 +266,52 @@ struct Launch {
   }
 
   // After check: the kernel, then what the host writes (timesteps, rows).
-  void run(bool refresh) { execute(args, active.data(), int64_t(active.size()), refresh, philox); }
-  void finish(bool refresh) {
+  void run(Work work) {
+    const int64_t count = int64_t(active.size());
+    if (work == Work::REFRESH || !(before.weighs || before.thresholds)) {
+      execute(args, active.data(), count, work == Work::REFRESH, philox);
+      return;
+    }
+    if (before.weighs && (before.own || work == Work::MOMENTS))
+      execute(args, before.host, active.data(), count, acting.data(), int64_t(acting.size()));
+    if (work == Work::MOMENTS) return;
+    StepArgs a = before.by_groups() ? step_of_guided(args, before.host) : args;
+    if (before.thresholds) {
+      a.bound = before.quantile.bound;
+      execute(a, before.quantile, active.data(), count);
+    }
+    execute(a, active.data(), count, false, philox);
+  }
+  void run_on_device(Work work) {
+    const bool refresh = work == Work::REFRESH;
+    if (refresh || !(before.weighs || before.thresholds)) {
+      cuda_step(args, placement, refresh, nullptr, nullptr);
+      return;
+    }
+    if (before.weighs && !before.placed) throw std::runtime_error("moments: place_moments() was not called");
+    const bool weigh = before.weighs && (before.own || work == Work::MOMENTS);
+    const MomentsArgs* moments = before.on_device();
+    Placement there = placement;
+    if (before.thresholds) there.bound = before.quantile.bound;
+    StepArgs a = args;
+    if (before.by_groups() && !weigh) {  // the guided output is there already
+      a = step_of_guided(args, *moments);
+      there.source = moments->guided_source;
+    }
+    const bool step = work == Work::ROW;
+    cuda_step(a, there, false, weigh ? moments : nullptr, step && before.thresholds ? &before.quantile : nullptr, step);
+  }
+  void finish(Work work) {
+    const bool refresh = work == Work::REFRESH;
+    if (work == Work::MOMENTS) return;
     if (!placement.placed()) args.state_type == F64 ? write_time<double>(refresh) : write_time<float>(refresh);
     if (refresh) return;
     for (int32_t b : active) args.samples[b].row += 1;
   }
-  bool check(bool refresh) { return args.state_type == F64 ? check<double>(refresh) : check<float>(refresh); }
+  bool check(Work work) {
+    const bool refresh = work == Work::REFRESH;
+    return args.state_type == F64 ? check<double>(refresh) : check<float>(refresh);
+  }
   int64_t elements() const { return int64_t(active.size()) * args.channels * args.inner; }
 };
 

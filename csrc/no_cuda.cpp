@@ -9,7 +9,9 @@
 
 namespace pyguide {
 
-void cuda_step(const StepArgs&, const Placement&, bool) { throw std::runtime_error(cuda_reason()); }
+void cuda_step(const StepArgs&, const Placement&, bool, const MomentsArgs*, const QuantileArgs*, bool) {
+  throw std::runtime_error(cuda_reason());
+}
 void cuda_normals(int, void*, void*, Type, int64_t, int64_t, uint64_t, uint32_t, uint32_t) {
   throw std::runtime_error(cuda_reason());
 }

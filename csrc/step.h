@@ -37,7 +37,7 @@
 
 namespace pyguide {
 
-constexpr int ABI = 3;
+constexpr int ABI = 4;
 constexpr int MAX_BRANCHES = 16;
 constexpr int MAX_SLOTS = 16;
 
@@ -323,11 +323,36 @@ template <class V, class T>
 PG_INLINE V row_variance(const Program<T>& p, const V& v) {
   const V half = V::set(p.half), mid = V::set(p.mid);
   const V product = half * v;
-  V sum, error;
-  sum = mid + product;
-  const V back = sum - mid;
-  error = (mid - (sum - back)) + (product - back);
+  const V sum = mid + product, back = sum - mid;
+  const V error = (mid - (sum - back)) + (product - back);
   return exp_sum(sum, error + product_error(half, v, product) + fma(V::set(p.half_lo), v, V::set(p.mid_lo)));
+}
+
+// sum + sum_i x_i y[i] over the bits of `mask`: N of them at compile time, or `count` if N is 0.
+template <int N, class V, class T, class Y>
+PG_INLINE V add_terms(int count, uint32_t mask, const T* x, const Y& y, V sum) {
+  each<N>(count, [&](auto i) PG_LAMBDA {
+    if (mask >> i & 1) sum = fma(V::set(x[i]), y[i], sum);
+  });
+  return sum;
+}
+// G, or 0 where the row needs none. `needs`, those of p, are registers of the caller: read again here, they spill.
+template <int K, int S, bool PLAIN, class V, class T, class M, class SLOTS>
+PG_INLINE V guided_output(const Program<T>& p, const Needs& needs, const M& m, const SLOTS& s) {
+  V G = V::set(T(0));
+  if (needs.guided()) {
+    G = add_terms<K>(p.branches, p.w_mask, p.w, m, G);
+    if (!PLAIN && p.o_mask) G = add_terms<S>(p.slots, p.o_mask, p.o, s, G);
+  }
+  return G;
+}
+// D before the clip.
+template <class V, class T, class SLOTS>
+PG_INLINE V unclipped(const Program<T>& p, const Needs& needs, const SLOTS& s, const V& G) {
+  V D = V::set(T(0));
+  if (needs.reads_x()) D = V::set(p.a_x) * s[0];
+  if (needs.reads_g()) D = fma(V::set(p.a_g), G, D);
+  return D;
 }
 
 // One vector of elements: m[k], s[c] as loaded; z(), g(), v() load noise, gradient and variance where they are used
@@ -348,45 +373,21 @@ PG_INLINE void step_formula(const Program<T>& p, const M& m, const SLOTS& s, con
     if (needs.gradient()) gradient = g();
     if (needs.gradient() && needs.variance()) gradient = variance * gradient;
   }
-  V G = V::set(T(0));
-  if (needs.guided()) {
-    each<K>(p.branches, [&](auto k) PG_LAMBDA {
-      if (p.w_mask >> k & 1) G = fma(V::set(p.w[k]), m[k], G);
-    });
-    if (!PLAIN && p.o_mask) {
-      each<S>(p.slots, [&](auto c) PG_LAMBDA {
-        if (p.o_mask >> c & 1) G = fma(V::set(p.o[c]), s[c], G);
-      });
-    }
-  }
+  const V G = guided_output<K, S, PLAIN, V>(p, needs, m, s);
   V U = G;
-  if (!PLAIN && needs.separate()) {
-    U = V::set(T(0));
-    each<K>(p.branches, [&](auto k) PG_LAMBDA {
-      if (p.v_mask >> k & 1) U = fma(V::set(p.v[k]), m[k], U);
-    });
-  }
+  if (!PLAIN && needs.separate()) U = add_terms<K>(p.branches, p.v_mask, p.v, m, V::set(T(0)));
   if (needs.denoised()) {
-    D = V::set(T(0));
-    if (needs.reads_x()) D = V::set(p.a_x) * s[0];
-    if (needs.reads_g()) D = fma(V::set(p.a_g), G, D);
+    D = unclipped(p, needs, s, G);
     if (needs.clip()) D = clamp(D, V::set(p.lo), V::set(p.hi));
     if (!PLAIN && needs.bounded()) D = D / V::set(p.bound);
   }
   each<S>(p.slots, [&](auto r) PG_LAMBDA {
     if (p.writes >> r & 1) {
       const uint64_t terms = p.terms[r];
-      V sum = V::set(T(0));
-      each<S>(p.slots, [&](auto c) PG_LAMBDA {
-        if (terms >> c & 1) sum = fma(V::set(p.t[r][c]), s[c], sum);
-      });
+      V sum = add_terms<S>(p.slots, uint32_t(terms), p.t[r], s, V::set(T(0)));
       if (terms >> TERM_D & 1) sum = fma(V::set(p.d[r]), D, sum);
       if (terms >> TERM_E & 1) sum = fma(V::set(p.e[r]), U, sum);
-      if (!PLAIN && (terms >> TERM_B & 0xffff)) {
-        each<K>(p.branches, [&](auto k) PG_LAMBDA {
-          if (terms >> (TERM_B + k) & 1) sum = fma(V::set(p.b[r][k]), m[k], sum);
-        });
-      }
+      if (!PLAIN && terms >> TERM_B) sum = add_terms<K>(p.branches, uint32_t(terms >> TERM_B), p.b[r], m, sum);
       if (terms >> TERM_N & 1) sum = fma(V::set(p.n[r]), PLAIN ? z() : noise, sum);
       if (!PLAIN && (terms >> TERM_Q & 1)) sum = fma(V::set(p.q[r]), gradient, sum);
       write(r, sum);

@@ -229,6 +229,24 @@ PG_INLINE V product_error(const V& a, const V& b, const V& product) {
 }
 #endif
 
+// to[lane] += a[lane]
+PG_INLINE void add_to(double* to, const Double& a) { (Double::load(to) + a).store(to); }
+#if PG_LEVEL == 2
+PG_INLINE void add_to(double* to, const Float& a) {
+  add_to(to, Double{_mm512_cvtps_pd(_mm512_castps512_ps256(a.v))});
+  add_to(to + 8, Double{_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))});
+}
+#elif PG_LEVEL == 1
+PG_INLINE void add_to(double* to, const Float& a) {
+  add_to(to, Double{_mm256_cvtps_pd(_mm256_castps256_ps128(a.v))});
+  add_to(to + 4, Double{_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))});
+}
+#else
+PG_INLINE void add_to(double* to, const Float& a) {
+  for (int i = 0; i < Float::width; ++i) to[i] += double(a.v[i]);
+}
+#endif
+
 PG_INLINE Word splat(const Word&, uint32_t x) { return Word::set(x); }
 
 PG_INLINE Float exp_sum(const Float& hi, const Float& lo) { return exp_pair<Word>(hi, lo); }

@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "../csrc/classifier_grad.h"
-#include "control.cuh"
+#include "reduce.cuh"
 
 namespace pyguide {
 
@@ -63,22 +63,6 @@ struct ClassShared {
   Tops<T> tops[CLASS_THREADS / WARP];
   Sums<T> sums[CLASS_THREADS / WARP];
 };
-
-template <class X, class THREAD>
-PG_DEVICE X over_warp(const THREAD& thread, X x) {
-  PG_ROLLED
-  for (int mask = WARP / 2; mask > 0; mask /= 2) x.join(thread, mask);
-  return x;
-}
-// What all threads of the block have, joined, for each of them; `of_warp` is used once a launch.
-template <class X, class THREAD>
-PG_DEVICE X over_block(const THREAD& thread, X x, X* of_warp) {
-  const int warp = thread.index() / WARP, lane = thread.index() % WARP;
-  x = over_warp(thread, x);
-  if (lane == 0) of_warp[warp] = x;
-  thread.sync();
-  return over_warp(thread, lane < thread.count() / WARP ? of_warp[lane] : X::none());
-}
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 template <Type TYPE, class THREAD>

@@ -10,7 +10,9 @@
 //   load16(p), store16(p, w), store8(p, w)   bulk: 16 (8) aligned bytes, without a place in L1
 //   copy16(to, from), copy8, copy4, wait()   from global to shared memory, there after wait(); copy16 is bulk
 //   arrive(p, last)                          atomic: old value of *p, which goes up by 1, or from `last` to 0
+//   fence()                                  between what the thread (and its block before a barrier) wrote and arrive
 //   set_bits(p, mask)                        atomic
+//   add(p, x)                                atomic on shared memory: old value of *p, which goes up by x
 #pragma once
 #include <math.h>
 

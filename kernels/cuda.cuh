@@ -7,9 +7,17 @@
 #include <stdexcept>
 #include <string>
 
-#include "pack.h"
+#include "geometry.h"
 
 namespace pyguide {
+
+// Launches of the other .cu files, for cuda_step; all addresses are the device's, `dependent`: with programmatic
+// dependent launch. moments: the moments and weights blocks, or the guided output of groups.
+void launch_moments(const StepArgs& on_device, const MomentsArgs& m, void* stream, bool dependent);
+void launch_moments_step(const StepArgs& on_device, const MomentsArgs& m, const Geometry& g, const FusedGeometry& f,
+                         void* stream, bool dependent);
+void launch_quantile(const StepArgs& on_device, const QuantileArgs& q, const void* guided, void* stream);
+
 namespace {
 
 struct CudaThread {
@@ -80,7 +88,9 @@ struct CudaThread {
   __device__ __forceinline__ uint32_t arrive(int32_t* p, uint32_t last) const {
     return atomicInc(reinterpret_cast<unsigned*>(p), last);
   }
+  __device__ __forceinline__ void fence() const { __threadfence(); }
   __device__ __forceinline__ void set_bits(int32_t* p, int32_t mask) const { atomicOr(p, mask); }
+  __device__ __forceinline__ uint32_t add(uint32_t* p, uint32_t x) const { return atomicAdd(p, x); }
 };
 
 [[noreturn]] void fail(const char* call, cudaError_t error) {
@@ -134,6 +144,9 @@ struct Guard {
 // One launch of `kernel`: its error names cudaLaunchKernelExC.
 void launch(const void* kernel, int64_t blocks, int threads, int64_t shared, void* stream, bool dependent,
             void** arguments) {
+  if (shared > STAGED_BYTES) {
+    PG_CUDA(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  }
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;

@@ -148,15 +148,16 @@ PG_DEVICE void dense_elements(const THREAD& thread, DenseControl& c, const StepA
 
 }  // namespace
 
-// `parts` blocks for each sample, one after another; they share its tiles.
-template <int S, bool HALF, class THREAD>
+// `parts` blocks of THREADS threads for each sample, one after another; they share its tiles.
+template <int S, bool HALF, int THREADS = DENSE_THREADS, class THREAD>
 PG_DEVICE void dense_step(const THREAD& thread, const StepArgs& a, uint32_t parts, bool refresh, DenseControl& c,
                           float* raw) {
   const Part part{int64_t(thread.block() / parts), thread.block() % parts, parts, refresh};
   if (!setup(thread, c, raw, a, part)) return;
   const uint32_t ticket = take_ticket(thread, a, part);
-  const int64_t N = a.channels * a.inner, step = parts * DENSE_TILE;
-  for (int64_t tile = part.index * DENSE_TILE; tile < N; tile += step) {
+  constexpr int64_t TILE = 4 * THREADS;
+  const int64_t N = a.channels * a.inner, step = parts * TILE;
+  for (int64_t tile = part.index * TILE; tile < N; tile += step) {
     dense_elements<S, HALF>(thread, c, a, tile);
   }
   report_unfinite(thread, c, a, part);

@@ -1,8 +1,12 @@
 // Which kernel a launch takes and how many blocks, chosen on the host from sizes, types and addresses alone: rows live
 // on the device. Shared with tests/simulated.
 #pragma once
+#include <algorithm>
+
 #include "dense.cuh"
+#include "guided.cuh"
 #include "launch.h"
+#include "moments.cuh"
 #include "staged.cuh"
 
 namespace pyguide {
@@ -19,6 +23,14 @@ struct Geometry {
   uint32_t parts;       // blocks of a sample
   int64_t shared = 0;   // bytes of dynamic shared memory
   Columns columns;      // of staged.cuh
+};
+
+// Of a launch that makes a sample's moments and its step in one block of MOMENT_LANES threads.
+struct FusedGeometry {
+  bool fits = false;
+  int vectors;         // N of the kernel
+  int workers = 0;     // threads that have columns, of staged.cuh
+  int64_t shared = 0;  // bytes of dynamic shared memory
 };
 
 namespace {
@@ -76,14 +88,38 @@ inline Geometry geometry_of(const StepArgs& a, const Processors& processors) {
   const int64_t control = wide ? control_bytes<double>() : control_bytes<float>();
   const int64_t raw = StagedControl<float>::raw_width * (wide ? 8 : 4), chunks = g.columns.count;
   g.threads = STAGED_THREADS;
-  while (g.threads > WARP && control + chunks * CHUNK * g.threads > STAGED_BYTES) g.threads /= 2;
-  const int64_t columns = chunks * CHUNK * g.threads;
+  while (g.threads > WARP && control + chunks * CHUNK_BYTES * g.threads > STAGED_BYTES) g.threads /= 2;
+  const int64_t columns = chunks * CHUNK_BYTES * g.threads;
   g.shared = control + (raw > columns ? raw : columns);
   const int64_t tile = g.threads * unit_length(a.state_type);
   const int64_t fit = processors.shared / (g.shared + processors.reserved);
   const int64_t each = fit < 1 ? 1 : fit < STAGED_BLOCKS ? fit : STAGED_BLOCKS;
   g.parts = parts_of(a.batch, N, tile, processors.count * each);
   return g;
+}
+
+// Vectors of the kernels of moments.cuh and guided.cuh that take so many.
+inline int vectors_of(int vectors) { return vectors <= 2 ? 2 : vectors <= 4 ? 4 : 8; }
+
+// `g`: that of the step alone. See moments.cu for the reasons.
+inline FusedGeometry fused_of(const StepArgs& a, const MomentsArgs& m, const Geometry& g) {
+  FusedGeometry f;
+  const int64_t N = a.channels * a.inner;
+  f.vectors = g.dense_slots == 1 ? 2 : 4;
+  if (m.reduce > 0 || m.program.vectors > f.vectors || N > FUSED_ELEMENTS) return f;
+  if (g.dense_slots) {
+    f.fits = true;
+    return f;
+  }
+  const bool wide = a.state_type == F64;
+  const int64_t control = wide ? control_bytes<double>() : control_bytes<float>();
+  const int64_t first = wide ? sizeof(MomentsShared<double, 4>) : sizeof(MomentsShared<float, 4>);
+  const auto columns = [&] { return control + int64_t(g.columns.count) * CHUNK_BYTES * f.workers; };
+  f.workers = MOMENT_LANES;
+  while (f.workers > WARP && columns() > FUSED_BYTES) f.workers /= 2;
+  f.shared = std::max({columns(), first, control + StagedControl<float>::raw_width * (wide ? 8 : 4)});
+  f.fits = f.shared <= FUSED_BYTES && N <= FUSED_TURNS * f.workers * unit_length(a.state_type);
+  return f;
 }
 
 inline int64_t normals_blocks(int64_t count, const Processors& processors) {

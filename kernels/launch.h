@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "../csrc/classifier_grad.h"
+#include "../csrc/moments.h"
+#include "../csrc/quantile.h"
 #include "../csrc/step.h"
 
 namespace pyguide {
@@ -22,9 +24,12 @@ struct Placement {
   bool placed() const { return device >= 0; }
 };
 
-// Each enqueues one launch and throws std::runtime_error "<call>: <cudaErrorName>: <text>". The calling thread's
+// Each enqueues its launches and throws std::runtime_error "<call>: <cudaErrorName>: <text>". The calling thread's
 // current device is what it was, if that device was in use: to return to one that was not would create a context on it.
-void cuda_step(const StepArgs& args, const Placement& placement, bool refresh);
+// First the moments and the quantile, where they are given, with the device's addresses in them; then the step, or with
+// step = false nothing more.
+void cuda_step(const StepArgs& args, const Placement& placement, bool refresh, const MomentsArgs* moments,
+               const QuantileArgs* quantile, bool step = true);
 // Standard normals of elements [first, first + count) of one sample's stream to `to`, of type F32, F16, BF16 or F64.
 void cuda_normals(int device, void* stream, void* to, Type type, int64_t first, int64_t count, uint64_t seed,
                   uint32_t ordinal, uint32_t tag);

@@ -6,16 +6,18 @@ every access of a dense operand is 16 bytes. Not measured on a GPU.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
-from pyguide import arrays
 from pyguide.extras import require
 
 from .classifier_grad_triton import classifier_grad as classifier_grad
+from .moments_triton import moments as moments
+from .operands_triton import Operand, branches_of, on_device, operand, shared, unit_of
 from .philox_triton import normals_kernel
+from .quantile_triton import quantile as quantile
 from .refresh_triton import refresh_kernel
 from .step_triton import WARPS, step_kernel
 
@@ -85,23 +87,21 @@ def step(
     nothing checked: an output that a row reads and that is absent counts as NaN.
     """
     slots, batch, channels = state.shape[:3]
-    elements = state[0, 0].numel()
+    elements = math.prod(state.shape[2:])
     if batch == 0 or elements == 0:
         return
     inner, branches = elements // channels, len(inputs)
-    given = [outputs[0]] * branches if len(outputs) == 1 else [*outputs] or [None] * branches
-    present = next((out for out in given if out is not None), inputs[0])  # in its place: same type, same layout
-    read = _shared([_operand(present if out is None else out) for out in given])
-    written = _shared([_operand(x) for x in inputs])
+    read, given = branches_of(outputs, branches, inputs[0])
+    written = shared([operand(x) for x in inputs])
     told = tuple(times) if any(t is not times[0] for t in times) else (times[0],)
-    learned = None if variance is None else _operand(variance)
+    learned = None if variance is None else operand(variance)
     packs = (read, written) if learned is None else ((*read, learned), written)
     outputs_packed, inputs_packed = (all(_packs(o, elements) for o in operands) for operands in packs)
-    optional = [None if array is None else _operand(array) for array in (noise, gradient)]
-    unit = next(unit for unit in (8, 4, 1) if elements % unit == 0)
+    optional = [None if array is None else operand(array) for array in (noise, gradient)]
+    unit = unit_of(elements)
     tile = WARPS * 128 * (2 if outputs_packed or inputs_packed else 1)
     blocks = -(-elements // tile)
-    with _on(state.device):
+    with on_device(state.device):
         if refresh:
             refresh_kernel[(batch * blocks,)](
                 *(state, written, told, samples, tables, target, elements // unit, inner, blocks, route_stride),
@@ -110,9 +110,9 @@ def step(
             return
         step_kernel[(batch * blocks,)](
             *(state, read, written, told, samples, tables, weights, source, target, *optional, learned),
-            *(None if denoised is None else _operand(denoised), bound),
+            *(None if denoised is None else operand(denoised), bound),
             *(elements // unit, batch * elements // unit, inner, blocks),
-            *(sum(1 << k for k, out in enumerate(given) if out is not None), route_stride),
+            *(given, route_stride),
             K=branches,
             S=slots,
             SG=guidance_slots,
@@ -132,33 +132,12 @@ def normals(out: Tensor, seed: int, ordinal: int, tag: int) -> None:
     if out.numel() == 0:
         return
     words = [word - 2**32 if word >= 2**31 else word for word in (seed & 0xFFFFFFFF, seed >> 32, ordinal, tag)]
-    with _on(out.device):
+    with on_device(out.device):
         normals_kernel[(-(-out.numel() // (4 * QUADS)),)](out, out.numel(), *words, QUADS=QUADS, **OPTIONS)
 
 
-def _operand(array: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """A tensor and its strides: (batch,) where a sample is contiguous, else (batch, channel, inner)."""
-    strides = arrays.merged_strides(tuple(array.shape), array.stride())
-    assert strides is not None, "callers hand over arrays that a kernel can walk"
-    inner = array[0, 0].numel() if array.shape[0] else 1
-    dense = (inner == 1 or strides[2] == 1) and (array.shape[1] == 1 or strides[1] == inner)
-    return array, strides[:1] if dense else strides
-
-
-def _shared(operands: list[Any]) -> tuple[Any, ...]:
-    """One operand where all branches have the same."""
-    same = all(o[0].data_ptr() == operands[0][0].data_ptr() and o[1] == operands[0][1] for o in operands)
-    return tuple(operands[:1] if same else operands)
-
-
-def _packs(operand: tuple[Tensor, tuple[int, ...]], elements: int) -> bool:
+def _packs(operand: Operand, elements: int) -> bool:
     """Whether it may be read and written 8 elements of 16 bits at a time."""
     array, strides = operand
     dense = len(strides) == 1 and elements % 8 == 0 and strides[0] % 8 == 0
     return array.element_size() == 2 and dense and array.data_ptr() % 16 == 0
-
-
-def _on(device: Any) -> Any:
-    """Triton launches on the current device."""
-    other = device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if other else nullcontext()

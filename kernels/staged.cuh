@@ -12,7 +12,7 @@
 namespace pyguide {
 
 constexpr int STAGED_THREADS = 128, STAGED_BLOCKS = 8;
-constexpr int64_t CHUNK = 16, UNIT_BYTES = 32;
+constexpr int64_t CHUNK_BYTES = 16, UNIT_BYTES = 32;
 constexpr int64_t STAGED_BYTES = 48 << 10;  // shared memory that a block has on every device without asking
 
 // Elements of a unit.
@@ -38,7 +38,7 @@ struct Columns {
     results = take(a.slots);  // of the part that is worked on
     outputs = take(output_chunks * a.branches);
   }
-  static int chunks(int length, Type type) { return int((length * size_of(type) + CHUNK - 1) / CHUNK); }
+  static int chunks(int length, Type type) { return int((length * size_of(type) + CHUNK_BYTES - 1) / CHUNK_BYTES); }
   int take(int chunks) {
     count += chunks;
     return count - chunks;
@@ -53,7 +53,7 @@ using StagedControl = Control<T, View>;
 // Shared memory: a StagedControl<T>, then the columns, where the row's raw numbers are before there are any.
 template <class T>
 PG_INLINE constexpr int64_t control_bytes() {
-  return int64_t(sizeof(StagedControl<T>) + CHUNK - 1) / CHUNK * CHUNK;
+  return int64_t(sizeof(StagedControl<T>) + CHUNK_BYTES - 1) / CHUNK_BYTES * CHUNK_BYTES;
 }
 
 // A thread's columns.
@@ -64,7 +64,7 @@ struct Own {
   // Element `i` of the column that begins at chunk `first`, of `size` bytes.
   PG_DEVICE char* element(int first, int i, int size) const {
     const int byte = i * size;
-    return chunk(first + byte / int(CHUNK)) + byte % int(CHUNK);
+    return chunk(first + byte / int(CHUNK_BYTES)) + byte % int(CHUNK_BYTES);
   }
 };
 
@@ -99,7 +99,7 @@ PG_DEVICE void each_element(const View& view, const Unit& unit, int count, const
 template <class T>
 PG_DEVICE bool in_bulk(const View& view, const Unit& unit) {
   const int64_t length = UNIT_BYTES / int64_t(sizeof(T)), bytes = length * size_of(view.type);
-  return view.contiguous() && unit.n == length && aligned(view.at(unit.e), bytes < CHUNK ? bytes : CHUNK);
+  return view.contiguous() && unit.n == length && aligned(view.at(unit.e), bytes < CHUNK_BYTES ? bytes : CHUNK_BYTES);
 }
 
 // Memory -> the column at chunk `to`; behind the sample's last element, that one again.
@@ -109,11 +109,11 @@ PG_DEVICE void stage(const THREAD& thread, const View& view, const Unit& unit, c
   const bool rounds = sizeof(T) == 4 && view.type == F64;  // a rare pair: element by element
   if (!rounds && in_bulk<T>(view, unit)) {
     const char* from = view.at(unit.e);
-    if (bytes < CHUNK) {
+    if (bytes < CHUNK_BYTES) {
       thread.copy8(own.chunk(to), from);
     } else {
       PG_ROLLED
-      for (int i = 0; i < bytes / CHUNK; ++i) thread.copy16(own.chunk(to + i), from + CHUNK * i);
+      for (int i = 0; i < bytes / CHUNK_BYTES; ++i) thread.copy16(own.chunk(to + i), from + CHUNK_BYTES * i);
     }
     return;
   }
@@ -163,9 +163,9 @@ PG_DEVICE void unstage(const THREAD& thread, const Own& own, int from, const Vie
     const int bytes = int(UNIT_BYTES / sizeof(T)) * size;
     char* to = view.at(unit.e);
     PG_ROLLED
-    for (int i = 0; i < bytes; i += int(CHUNK)) {
-      const Words16 w = get<Words16>(own.chunk(from + i / int(CHUNK)));
-      if (bytes < CHUNK) {
+    for (int i = 0; i < bytes; i += int(CHUNK_BYTES)) {
+      const Words16 w = get<Words16>(own.chunk(from + i / int(CHUNK_BYTES)));
+      if (bytes < CHUNK_BYTES) {
         thread.store8(to, w);
       } else {
         thread.store16(to + i, w);
@@ -347,18 +347,20 @@ PG_DEVICE void staged_elements(const THREAD& thread, StagedControl<T>& c, const 
 
 }  // namespace
 
-// `parts` blocks for each sample, one after another; they share its units. `shared`: control_bytes, then the columns.
-template <class T, class THREAD>
+// `parts` blocks for each sample, one after another; they share its units. Only the first `workers` of a block's
+// threads have columns. `shared`: control_bytes, then the columns.
+template <class T, bool ALL = true, class THREAD>
 PG_DEVICE void staged_step(const THREAD& thread, const StepArgs& a, const Columns& at, uint32_t parts, bool refresh,
-                           char* shared) {
+                           char* shared, int workers) {
   StagedControl<T>& c = *reinterpret_cast<StagedControl<T>*>(shared);
   char* area = shared + control_bytes<T>();
   const Part part{int64_t(thread.block() / parts), thread.block() % parts, parts, refresh};
   if (!setup(thread, c, reinterpret_cast<T*>(area), a, part)) return;
-  const Own own{area + thread.index() * CHUNK, thread.count() * int(CHUNK)};
+  const Own own{area + thread.index() * CHUNK_BYTES, workers * int(CHUNK_BYTES)};
   constexpr int LENGTH = int(UNIT_BYTES / sizeof(T));
-  const int64_t N = a.channels * a.inner, step = int64_t(parts) * thread.count() * LENGTH;
-  for (int64_t e = (int64_t(part.index) * thread.count() + thread.index()) * LENGTH; e < N; e += step) {
+  const int64_t N = a.channels * a.inner, step = int64_t(parts) * workers * LENGTH;
+  const bool works = ALL || thread.index() < workers;
+  for (int64_t e = (int64_t(part.index) * workers + thread.index()) * LENGTH; works && e < N; e += step) {
     const Unit unit{e, int(N - e < LENGTH ? N - e : LENGTH)};
     staged_elements<T>(thread, c, a, at, own, unit);
   }

@@ -7,6 +7,9 @@
 // step_staged<T>       all the rest, for a state of T: operands pass through shared memory.
 // normals<T>           initial noise.
 //
+// Where weights or bounds come of the operands themselves, the kernels of moments.cu and quantile.cu run before, or
+// with small samples one of moments.cu in the place of the step's.
+//
 // Which one is decided from sizes, types and addresses (geometry.h); rows, coefficients, seeds and routes are read on
 // the device, so that a captured launch serves every row.
 //
@@ -31,7 +34,6 @@
 #include <memory>
 
 #include "cuda.cuh"
-#include "geometry.h"
 
 #ifndef PG_CUDA_ARCHS
 #define PG_CUDA_ARCHS ""  // compute capabilities with machine code, as "80;90"
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(STAGED_THREADS, STAGED_BLOCKS)
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-  staged_step<T>(CudaThread(), args, columns, parts, refresh, shared);
+  staged_step<T>(CudaThread(), args, columns, parts, refresh, shared, int(blockDim.x));
 }
 
 template <class T>
@@ -131,18 +133,34 @@ bool runs_on(int capability) {
 
 }  // namespace
 
-void cuda_step(const StepArgs& args, const Placement& placement, bool refresh) {
+void cuda_step(const StepArgs& args, const Placement& placement, bool refresh, const MomentsArgs* moments,
+               const QuantileArgs* quantile, bool step) {
   if (args.batch == 0) return;
   const Guard guard(placement.device);
+  const Processors processors = processors_of(placement.device);
   StepArgs a = on_device(args, placement);
-  Geometry g = geometry_of(a, processors_of(placement.device));
+  Geometry g = geometry_of(a, processors);
   const void* kernel = kernel_of(a, g);
-  if (g.shared > STAGED_BYTES) {
-    PG_CUDA(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(g.shared));
+  const bool dependent = placement.dependent_launch && waits(kernel, placement.device);
+  const void* guided = nullptr;
+  if (moments && !refresh) {
+    const FusedGeometry f = fused_of(a, *moments, g);
+    if (f.fits && step && !quantile) return launch_moments_step(a, *moments, g, f, placement.stream, dependent);
+    launch_moments(a, *moments, placement.stream, dependent);
+    if (moments->reduce > 0) {
+      a = step_of_guided(a, *moments);
+      guided = moments->guided;
+      g = geometry_of(a, processors);
+      kernel = kernel_of(a, g);
+    }
+  }
+  if (!step) return;
+  if (quantile && !refresh) {
+    launch_quantile(a, *quantile, guided, placement.stream);
+    a.bound = quantile->bound;
   }
   void *dense[] = {&a, &g.parts, &refresh}, *staged[] = {&a, &g.columns, &g.parts, &refresh};
-  launch(kernel, a.batch * g.parts, g.threads, g.shared, placement.stream,
-         placement.dependent_launch && waits(kernel, placement.device), g.dense_slots ? dense : staged);
+  launch(kernel, a.batch * g.parts, g.threads, g.shared, placement.stream, dependent, g.dense_slots ? dense : staged);
 }
 
 void cuda_normals(int device, void* stream, void* to, Type type, int64_t first, int64_t count, uint64_t seed,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ABI = 3  # of the structs below and of csrc/step.h; a mismatch refuses to load
+ABI = 4  # of the structs below and of csrc/step.h; a mismatch refuses to load
 HEAD = 8
 CLIP = slice(2, 4)  # columns of a row that may be infinite: clip_lo and clip_hi
 C_IN, TIMESTEP = 4, 5  # columns of a row
@@ -34,6 +34,13 @@ SAMPLE = np.dtype(
 )
 # flags: U has its own weights v; set by the kernels: a written x was not finite; a classifier's logit was NaN or +inf
 SEPARATE, NONFINITE, NONFINITE_LOGITS = 1, 2, 4
+
+# What csrc/moments.h takes of a guidance method's program at most, its operations in the order of their codes, and the
+# parameters that every program has.
+MAX_VECTORS, MAX_PARAMETERS, MAX_OPERATIONS, MAX_RESULTS = 8, 40, 160, 40
+OPCODES = ("add", "sub", "mul", "div", "minimum", "maximum", "sqrt", "exp", "less", "select")
+PARAMETERS = ("acting", "p_x", "p_m")
+CHUNK = 4096  # elements that are summed before their sums join those of the rest of a sample
 
 # domains of the noise, the fourth word of the Philox counter; csrc/philox.h reserves three more
 TAG_INITIAL, TAG_STEP = 0x70796701, 0x70796702
@@ -73,6 +80,11 @@ def row_width(slots: int) -> int:
 
 def weights_width(branches: int, slots: int, guidance_slots: int) -> int:
     return 2 * branches + slots + slots * branches + guidance_slots
+
+
+def moments_count(vectors: int) -> int:
+    """Sums S_i, then the upper triangle of the Gram matrix, row by row."""
+    return vectors * (vectors + 3) // 2
 
 
 def join_row(row: Row) -> NDArray[np.float64]:

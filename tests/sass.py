@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -194,22 +194,39 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
     return list(kernels.values())
 
 
+def of_build(folder: Path) -> dict[str, list[Kernel]]:
+    """The kernels inside pyguide._C, which are what users run, by architecture. Skips, or fails in CI, without them."""
+    from pyguide import native
+
+    C: Any = native.C
+    if C is None or not C.build["cuda_archs"]:
+        why = native.reason if C is None else C.build["cuda"]
+        message = f"pyguide._C: {why}; build it where nvcc is: {INSTALL['nvcc']}"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    if not os.environ.get("CI") and (fewer := set(ARCHS) - set(C.build["cuda_archs"])):
+        missing_archs = ", ".join(sorted(fewer, key=int))
+        pytest.skip(f"pyguide._C has no code for {missing_archs}: build it without PYGUIDE_CUDA_ARCHS")
+    cubins = extract(Path(C.__file__), folder)
+    return {arch: [kernel for path in paths for kernel in read(path, arch)] for arch, paths in cubins.items()}
+
+
 # ---- judging ----------------------------------------------------------------------------------------------------
 REGISTERS = 64  # per thread: 1,024 threads on a multiprocessor
 
 
-def problems(kernel: Kernel) -> list[str]:
+def problems(kernel: Kernel, registers: int = REGISTERS) -> list[str]:
     """What no kernel of pyguide may have: too many registers, spills, local memory, functions that are not its own."""
     found = []
-    if kernel.registers > REGISTERS:
-        found.append(f"{kernel.registers} registers, expected at most {REGISTERS}")
+    if kernel.registers > registers:
+        found.append(f"{kernel.registers} registers, expected at most {registers}")
     if kernel.stack or kernel.local:
         found.append(f"{kernel.stack + kernel.local} bytes of local memory")
     if local := kernel.select("local_memory"):
         found.append(f"{len(local)} accesses to local memory, the first: {local[0].opcode} at {local[0].at:#x}")
     if rough := [i for i in kernel.code if re.match(r"MUFU\.(SIN|COS|TANH|EX2|LG2)", i.opcode)]:
         found.append(f"{rough[0].opcode} at {rough[0].at:#x}: an approximation")
-    exact = re.compile(r"sqrt|div_rn|rcp|_s64|_u64|warpsync|reduxsync")  # correctly rounded, and what no unit does
+    # correctly rounded, and what no unit does
+    exact = re.compile(r"sqrt|div_rn|rcp|_s64|_u64|warpsync|reduxsync|shflsync")
     found += [f"calls {name}" for name in dict.fromkeys(kernel.calls) if not exact.search(name)]
     return found
 

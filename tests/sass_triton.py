@@ -17,8 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from pyguide.guidance.program import Program
 from pyguide.kernels import launch_triton as step_triton
-from pyguide.layout import SAMPLE, row_width, weights_width
+from pyguide.layout import OPCODES, SAMPLE, moments_count, row_width, weights_width
 
 # type of the model's tensors (the state is float32), branches, slots, of which guidance slots, other options
 CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
@@ -45,6 +46,27 @@ CLASSIFIERS: dict[str, tuple[str, int, bool, str]] = {
     "classifier_many_half": ("bfloat16", 21841, False, "float32"),
     "classifier_many_distribution": ("float32", 21841, True, "float64"),
     "classifier_strided": ("float32", 1000, False, "float32"),
+}
+# type of the model's tensors, of the state, branches, guidance slots, size of a group's [outer, reduce, inner] or none
+MOMENTS: dict[str, tuple[str, str, int, int, tuple[int, int, int] | None]] = {
+    "moments": ("float32", "float32", 2, 0, None),
+    "moments_half": ("bfloat16", "float32", 2, 0, None),
+    "moments_slot": ("float16", "float32", 3, 1, None),
+    "moments_many": ("float32", "float32", 6, 2, None),
+    "moments_double": ("float64", "float64", 2, 1, None),
+    "groups": ("float32", "float32", 2, 1, (256, 64, 1)),
+    "groups_half": ("bfloat16", "float32", 2, 0, (1, 4, 4096)),
+    "groups_long": ("float32", "float32", 3, 1, (4, 4096, 1)),
+    "groups_many": ("float16", "float32", 6, 2, (4, 64, 64)),
+    "groups_double": ("float64", "float64", 2, 1, (256, 64, 1)),
+}
+# type of the model's tensors, of the state, elements along each side of a sample of 3 channels
+QUANTILES: dict[str, tuple[str, str, int]] = {
+    "quantile": ("float32", "float32", 64),
+    "quantile_half": ("bfloat16", "float32", 64),
+    "quantile_large": ("float32", "float32", 128),
+    "quantile_double": ("float64", "float64", 32),
+    "quantile_double_large": ("float64", "float64", 64),
 }
 
 
@@ -97,6 +119,56 @@ def launch_classifier(case: str) -> None:
     )
 
 
+def launch_moments(case: str) -> None:
+    """A program with every opcode, over all moments and parameters, that fills the whole block."""
+    model, real, K, SG, groups = MOMENTS[case]
+    S, B, shape, state = 1 + SG, 2, (4, 64, 64), getattr(torch, real)
+    count, width = moments_count(K + SG), weights_width(K, S, SG)
+    fixed = count + 5
+    chain = [(code % len(OPCODES), max(fixed + code - 1, 0), code % fixed, (7 * code) % fixed) for code in range(fixed)]
+    step_triton.moments(
+        torch.zeros(S, B, *shape, dtype=state),
+        [torch.zeros(B, *shape, dtype=getattr(torch, model)) for _ in range(K)],
+        torch.zeros(B, SAMPLE.itemsize // 4, dtype=torch.int32),
+        torch.zeros((3 + B) * width, dtype=state),
+        torch.zeros(B * K, dtype=torch.int32),
+        route_stride=0,
+        guidance_slots=SG,
+        program=Program(K + SG, 5, tuple(chain), tuple((i, fixed + i % len(chain)) for i in range(width)), True),
+        parameters=torch.zeros(3, B, 5, dtype=torch.float64),
+        row_stride=5 * B,
+        sample_stride=5,
+        plain=0,
+        plain_row_stride=width,
+        plain_sample_stride=0,
+        partial=torch.zeros(B, 4, count, dtype=torch.float64),
+        moments=None if groups else torch.zeros(B, count, dtype=torch.float64),
+        **dict(zip(("outer", "reduce", "inner"), groups, strict=True), guided=torch.zeros(B, 16384, dtype=state))
+        if groups
+        else {},
+    )
+
+
+def launch_quantile(case: str) -> None:
+    model, real, size = QUANTILES[case]
+    S, K, B, shape, state = 2, 2, 2, (3, size, size), getattr(torch, real)
+    step_triton.quantile(
+        torch.zeros(S, B, *shape, dtype=state),
+        [torch.zeros(B, *shape, dtype=getattr(torch, model)) for _ in range(K)],
+        torch.zeros(B, SAMPLE.itemsize // 4, dtype=torch.int32),
+        torch.zeros(3 * row_width(S), dtype=state),
+        torch.zeros(3 * weights_width(K, S, 0), dtype=state),
+        torch.zeros(B * K, dtype=torch.int32),
+        branches=K,
+        route_stride=0,
+        guidance_slots=0,
+        quantile=0.995,
+        least=1.0,
+        limit=2.0,
+        bound=torch.zeros(B, dtype=state),
+    )
+
+
 def main(folder: Path, archs: list[str], cases: list[str]) -> None:
     compiler = Compiler()
     driver.set_active(compiler)
@@ -114,6 +186,10 @@ def main(folder: Path, archs: list[str], cases: list[str]) -> None:
                 step_triton.normals(torch.zeros(4096), 1, 2, 3)
             elif case in CLASSIFIERS:
                 launch_classifier(case)
+            elif case in MOMENTS:
+                launch_moments(case)
+            elif case in QUANTILES:
+                launch_quantile(case)
             else:
                 launch(*CASES[case])
 

@@ -28,15 +28,10 @@ Kernels = dict[str, list[sass.Kernel]]
 
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if not C.build["cuda_archs"]:
-        message = f"pyguide._C was {C.build['cuda']}; build it where nvcc is: {sass.INSTALL['nvcc']}"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    if not os.environ.get("CI") and (fewer := set(sass.ARCHS) - set(C.build["cuda_archs"])):
-        pytest.skip(
-            f"pyguide._C has no code for {', '.join(sorted(fewer, key=int))}: build it without PYGUIDE_CUDA_ARCHS"
-        )
-    cubins = sass.extract(Path(C.__file__), tmp_path_factory.mktemp("cuda"))
-    return {arch: [kernel for path in paths for kernel in sass.read(path, arch)] for arch, paths in cubins.items()}
+    """All but those of moments and quantiles (test_sass_moments.py, test_sass_quantile.py)."""
+    found = sass.of_build(tmp_path_factory.mktemp("cuda"))
+    others = ("moments", "guided", "quantile")
+    return {arch: [k for k in kernels if not any(name in k.name for name in others)] for arch, kernels in found.items()}
 
 
 def dense(kernels: list[sass.Kernel]) -> list[sass.Kernel]:

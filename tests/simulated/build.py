@@ -24,6 +24,7 @@ SOURCES = {  # the rest as fast as it compiles
     "tests/simulated/step.cpp": WARNINGS,
     "csrc/bindings.cpp": ["-O0"],
     "csrc/classifier_grad_bindings.cpp": ["-O0"],
+    "csrc/moments_bindings.cpp": ["-O0"],
     "csrc/cpu.cpp": ["-O0"],
     "csrc/dispatch.cpp": ["-O0"],
 }
@@ -61,6 +62,11 @@ def build(folder: Path) -> ModuleType:
 def reset(module: ModuleType, seed: int, processors: int = 2) -> None:
     """The order of blocks and threads from now on, and the multiprocessors of the device; the counters begin at 0."""
     _library(module).simulated_device(ctypes.c_uint64(seed), processors)
+
+
+def separate(module: ModuleType, wanted: bool) -> None:
+    """Whether moments and step are two launches even where one would do."""
+    _library(module).simulated_separate(int(wanted))
 
 
 def counts(module: ModuleType) -> dict[str, int]:

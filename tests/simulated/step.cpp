@@ -7,6 +7,7 @@
 
 #include "../../kernels/classifier_grad.cuh"
 #include "../../kernels/geometry.h"
+#include "../../kernels/quantile.cuh"
 #include "fibers.h"
 
 namespace pyguide {
@@ -22,7 +23,8 @@ struct Simulator {
   std::mutex mutex;
   simulated::Random random{0};
   simulated::Fibers fibers;
-  int processors = 2;  // few, so that blocks have several tiles
+  int processors = 2;     // few, so that blocks have several tiles
+  bool separate = false;  // moments and step are two launches even where one would do
   uint64_t counters[COUNTERS] = {};
 
   Processors device() const { return {processors, PROCESSOR_BYTES, RESERVED_BYTES}; }
@@ -93,7 +95,12 @@ class HostThread {
     *p = old >= last ? 0 : int32_t(old + 1);
     return old;
   }
+  void fence() const {}
   void set_bits(int32_t* p, int32_t mask) const { *p |= mask; }
+  uint32_t add(uint32_t* p, uint32_t x) const {
+    *p += x;
+    return *p - x;
+  }
 
  private:
   static uint64_t meet(int meeting, uint64_t value = 0) { return simulator().fibers.meet(meeting, value); }
@@ -157,8 +164,75 @@ void dense(Simulator& s, const StepArgs& a, const Geometry& g, bool refresh) {
 template <class T>
 void staged(Simulator& s, const StepArgs& a, const Geometry& g, bool refresh) {
   s.launch(a.batch * g.parts, g.threads, g.shared, [&](const HostThread& thread, char* shared) {
-    staged_step<T>(thread, a, g.columns, g.parts, refresh, shared);
+    staged_step<T>(thread, a, g.columns, g.parts, refresh, shared, g.threads);
   });
+}
+
+template <class T>
+void quantile_of(Simulator& s, const StepArgs& a, const QuantileArgs& q, const void* guided) {
+  const QuantileGeometry g = quantile_geometry<T>(a.channels * a.inner);
+  s.launch(a.batch, g.threads, g.shared, [&](const HostThread& thread, char* shared) {
+    quantile_sample<T>(thread, a, q, guided, g.capacity, shared);
+  });
+}
+void launch_quantile(Simulator& s, const StepArgs& on_device, const QuantileArgs& q, const void* guided) {
+  const StepArgs a = quantile_args(on_device, guided);
+  a.state_type == F64 ? quantile_of<double>(s, a, q, guided) : quantile_of<float>(s, a, q, guided);
+}
+
+template <class T, int N>
+void moments_of(Simulator& s, const StepArgs& a, const MomentsArgs& m) {
+  typedef MomentsShared<T, N> Shared;
+  const int64_t blocks = a.batch * chunks_of(a.channels * a.inner);
+  s.launch(blocks, MOMENT_LANES, sizeof(Shared), [&](const HostThread& thread, char* bytes) {
+    moments_chunk<T, N>(thread, a, m, *reinterpret_cast<Shared*>(bytes));
+  });
+}
+template <class T, int N>
+void guided_of(Simulator& s, const StepArgs& a, const MomentsArgs& m) {
+  const GuidedGeometry g(a, m);
+  constexpr int64_t fixed = (sizeof(GuidedShared<T>) + 15) / 16 * 16;
+  s.launch(a.batch * g.parts, g.threads, fixed + g.shared, [&](const HostThread& thread, char* bytes) {
+    guided_groups<T, N>(thread, a, m, g, *reinterpret_cast<GuidedShared<T>*>(bytes), bytes + fixed);
+  });
+}
+template <class T>
+void launch_moments(Simulator& s, const StepArgs& a, const MomentsArgs& m) {
+  const int vectors = vectors_of(m.program.vectors);
+  if (m.reduce > 0) return vectors <= 4 ? guided_of<T, 4>(s, a, m) : guided_of<T, 8>(s, a, m);
+  if (vectors == 2) return moments_of<T, 2>(s, a, m);
+  vectors == 4 ? moments_of<T, 4>(s, a, m) : moments_of<T, 8>(s, a, m);
+}
+void launch_moments(Simulator& s, const StepArgs& a, const MomentsArgs& m) {
+  a.state_type == F64 ? launch_moments<double>(s, a, m) : launch_moments<float>(s, a, m);
+}
+template <int S, bool HALF>
+void dense_moments(Simulator& s, const StepArgs& a, const MomentsArgs& m) {
+  struct Shared {
+    MomentsShared<float, S == 1 ? 2 : 4> moments;
+    DenseControl control;
+    float raw[DenseControl::raw_width];
+  };
+  s.launch(a.batch, MOMENT_LANES, sizeof(Shared), [&](const HostThread& thread, char* bytes) {
+    Shared* shared = reinterpret_cast<Shared*>(bytes);
+    dense_moments_step<S, HALF>(thread, a, m, shared->moments, shared->control, shared->raw);
+  });
+}
+template <class T>
+void staged_moments(Simulator& s, const StepArgs& a, const MomentsArgs& m, const Geometry& g, const FusedGeometry& f) {
+  s.launch(a.batch, MOMENT_LANES, f.shared, [&](const HostThread& thread, char* bytes) {
+    staged_moments_step<T, 4>(thread, a, m, g.columns, f.workers, bytes);
+  });
+}
+template <bool HALF>
+void dense_moments(Simulator& s, const StepArgs& a, const MomentsArgs& m, int slots) {
+  if (slots == 1) return dense_moments<1, HALF>(s, a, m);
+  slots == 2 ? dense_moments<2, HALF>(s, a, m) : dense_moments<4, HALF>(s, a, m);
+}
+void moments_step(Simulator& s, const StepArgs& a, const MomentsArgs& m, const Geometry& g, const FusedGeometry& f) {
+  if (g.dense_slots && g.half) return dense_moments<true>(s, a, m, g.dense_slots);
+  if (g.dense_slots) return dense_moments<false>(s, a, m, g.dense_slots);
+  a.state_type == F64 ? staged_moments<double>(s, a, m, g, f) : staged_moments<float>(s, a, m, g, f);
 }
 
 void need_device(int device) {
@@ -167,13 +241,30 @@ void need_device(int device) {
 
 }  // namespace
 
-void cuda_step(const StepArgs& args, const Placement& placement, bool refresh) {
+void cuda_step(const StepArgs& args, const Placement& placement, bool refresh, const MomentsArgs* moments,
+               const QuantileArgs* quantile, bool step) {
   if (args.batch == 0) return;
   need_device(placement.device);
   Simulator& s = simulator();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  const StepArgs a = on_device(args, placement);
-  const Geometry g = geometry_of(a, s.device());
+  StepArgs a = on_device(args, placement);
+  Geometry g = geometry_of(a, s.device());
+  const void* guided = nullptr;
+  if (moments && !refresh) {
+    const FusedGeometry f = fused_of(a, *moments, g);
+    if (f.fits && step && !quantile && !s.separate) return moments_step(s, a, *moments, g, f);
+    launch_moments(s, a, *moments);
+    if (moments->reduce > 0) {
+      a = step_of_guided(a, *moments);
+      guided = moments->guided;
+      g = geometry_of(a, s.device());
+    }
+  }
+  if (!step) return;
+  if (quantile && !refresh) {
+    launch_quantile(s, a, *quantile, guided);
+    a.bound = quantile->bound;
+  }
   if (g.dense_slots == 1) return dense<1>(s, a, g, refresh);
   if (g.dense_slots == 2) return dense<2>(s, a, g, refresh);
   if (g.dense_slots == 4) return dense<4>(s, a, g, refresh);
@@ -224,6 +315,9 @@ extern "C" __attribute__((visibility("default"))) void simulated_device(uint64_t
   s.random.state = seed;
   s.processors = processors;
   for (uint64_t& counter : s.counters) counter = 0;
+}
+extern "C" __attribute__((visibility("default"))) void simulated_separate(int separate) {
+  pyguide::simulator().separate = separate != 0;
 }
 extern "C" __attribute__((visibility("default"))) uint64_t simulated_count(int counter) {
   return pyguide::simulator().counters[counter];
