@@ -18,7 +18,10 @@ from .extras import missing, require
 
 SUITES = ("step", "sample", "accuracy", "compile")  # by default on a CPU
 GPU_SUITES = ("gpu", "step", "sample")  # on a GPU
-ASKED = ("classifier",)  # only when asked for
+ASKED = ("classifier", "guidance")  # only when asked for
+ON_GPU = (*GPU_SUITES, "guidance")
+REHEARSED = ("gpu", "guidance")  # with --dry
+SHARE = 2 / 3  # of the budget, for the suite gpu if there is another one behind it
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (8, 16, 128, 128))
 FULL_SHAPES = (*SHAPES, (4, 4, 64, 64), (1, 16, 128, 128), (1, 4096, 64), (1, 16, 5, 60, 90))
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,18 +35,22 @@ def parser() -> argparse.ArgumentParser:
     suites = dict.fromkeys((*SUITES, *GPU_SUITES, *ASKED))
     default = f"default: {', '.join(SUITES)}; on a GPU {', '.join(GPU_SUITES)}"
     made.add_argument("--suite", action="append", choices=tuple(suites), help=f"{default}; may be repeated")
-    made.add_argument("--shapes", nargs="+", type=shape, metavar="BxCxHxW", help="of x (step, classifier)")
+    made.add_argument("--shapes", nargs="+", type=shape, metavar="BxCxHxW", help="of x (step, classifier, guidance)")
     made.add_argument("--dtype", action="append", choices=DTYPES, help="of model inputs and outputs (step)")
     made.add_argument(
         "--solver", action="append", choices=tuple(cases.CASES), help=f"default: {', '.join(cases.DEFAULT)}"
     )
     made.add_argument(
-        "--device", default="cpu", type=device, help="cpu (the default), cuda or cuda:1 (step, sample, gpu)"
+        "--device", default="cpu", type=device, help="cpu (the default), cuda or cuda:1 (step, sample, gpu, guidance)"
     )
     made.add_argument(
-        "--dry", action="store_true", help="rehearse the suite gpu on a CPU: tiny, and it measures nothing"
+        "--dry",
+        action="store_true",
+        help="rehearse the suite gpu, or guidance, on a CPU: tiny, and it measures nothing",
     )
-    made.add_argument("--budget", type=positive, metavar="SECONDS", help="begin no further part after this time (gpu)")
+    made.add_argument(
+        "--budget", type=positive, metavar="SECONDS", help="begin no further part after this time (gpu, guidance)"
+    )
     made.add_argument("--rounds", type=positive, default=5, help="interleaved rounds, of which the median is shown (5)")
     made.add_argument("--images", type=images, help="digits to sample for each scale (sample)")
     made.add_argument("--steps", type=positive, help="sampling steps of the digits (sample)")
@@ -91,14 +98,14 @@ def check(options: argparse.Namespace, made: argparse.ArgumentParser) -> None:
     """Errors that need more than one argument, before anything is measured."""
     suites = chosen(options)
     on_gpu = options.device.startswith("cuda")
-    if options.dry and (on_gpu or suites != ["gpu"]):
-        made.error("argument --dry: rehearses --suite gpu on a CPU, and nothing else")
+    if options.dry and (on_gpu or not set(suites) <= {*REHEARSED}):
+        made.error("argument --dry: rehearses --suite gpu or guidance on a CPU, and nothing else")
     if "gpu" in suites and not (on_gpu or options.dry):
         made.error("argument --suite: gpu measures a GPU: add --device cuda, or --dry to rehearse it here")
     for suite in suites:
-        if on_gpu and suite in ASKED:
+        if on_gpu and suite == "classifier":
             made.error(f"argument --suite: {suite} measures the CPU: leave out --device {options.device}")
-        if on_gpu and suite not in GPU_SUITES:
+        if on_gpu and suite not in ON_GPU:
             made.error(f"argument --suite: {suite} does not depend on the device: leave out --device {options.device}")
     for flag in ("json", "plot", "grid"):
         path = getattr(options, flag)
@@ -141,17 +148,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(options, made)
     except ImportError as error:
         sys.exit(f"ImportError: {error}")
-    start = time.perf_counter()
+    options.start = time.perf_counter()
     _quiet()
     console = require("rich.console").Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = require("rich.console").Console(width=160)  # in a file nothing need be cut
     notes: list[str] = []
-    from . import classifier, gpu, machine, plot, report, summary
+    from . import classifier, gpu, guidance, machine, plot, report, summary
 
     lines = options.json is not None and options.json.suffix == ".jsonl"
     rows = measure(options, console, notes, options.json if lines else None)
-    for table in classifier.tables(rows):
+    for table in (*classifier.tables(rows), *guidance.tables(rows)):
         console.print(table)
     report.show(console, rows)
     facts = machine.facts(options.device)
@@ -172,11 +179,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(
         f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, {facts['isa']}, "
         + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        + f", commit {facts['commit'] or 'unknown'}, {time.perf_counter() - start:.0f} s\n",
+        + f", commit {facts['commit'] or 'unknown'}, {time.perf_counter() - options.start:.0f} s\n",
         style="dim",
     )
     console.print(summary.paragraph(rows, notes, written), highlight=False, markup=False, soft_wrap=True)
-    if any(note.startswith(gpu.WRONG) for note in notes):
+    if any(note.startswith((gpu.WRONG, guidance.WRONG)) for note in notes):
         sys.exit(1)
 
 
@@ -233,7 +240,7 @@ def _suite(suite: str, options: argparse.Namespace, notes: list[str]) -> tuple[i
     """(number of parts, the parts) of a suite."""
     suites: dict[str, Callable[[argparse.Namespace, list[str]], tuple[int, Parts]]]
     suites = {"gpu": _gpu, "step": _step, "sample": _sample, "accuracy": _accuracy, "compile": _compile}
-    suites["classifier"] = _classifier
+    suites |= {"classifier": _classifier, "guidance": _guidance}
     return suites[suite](options, notes)
 
 
@@ -243,7 +250,10 @@ def _gpu(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
 
     compiled = not options.no_compile
     setup = prepare(options.device, dry=options.dry, rounds=options.rounds, compiled=compiled, notes=notes)
-    return len(gpu.parts(setup)), gpu.run(setup, notes, budget=options.budget)
+    budget = options.budget
+    if budget is not None and "guidance" in chosen(options):
+        budget *= SHARE
+    return len(gpu.parts(setup)), gpu.run(setup, notes, budget=budget)
 
 
 def _step(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
@@ -275,6 +285,25 @@ def _classifier(options: argparse.Namespace, notes: list[str]) -> tuple[int, Par
         notes.append(classifier.WITHOUT)
     parts = classifier.run(shapes, checkout=checkout, rounds=options.rounds, compile_missing=why)
     return len(shapes) * len(CASES), parts
+
+
+def _guidance(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:
+    from . import guidance, step
+    from .clock import clock_for
+
+    shapes = options.shapes or (guidance.TINY if options.dry else guidance.SHAPES)
+    why = (
+        "--no-compile was given" if options.no_compile else None if options.dry else step.compile_error(options.device)
+    )
+    if why is not None and "gpu" not in chosen(options):  # which says so too
+        notes.append(f"No comparison with torch.compile: {why}")
+    settings: dict[str, Any] = {"rounds": options.rounds, "compile_missing": why, "clock": clock_for(options.device)}
+    if options.dry:
+        notes.append("A rehearsal of the suite guidance: its times mean nothing")
+        settings |= {"rounds": 1, "seconds": 0.0, "steps": guidance.COUNTED[0], "backend": "eager"}
+    if options.budget is not None:
+        settings["late"] = lambda: time.perf_counter() - options.start > options.budget
+    return len(guidance.cases(shapes)), guidance.run(shapes, notes, **settings)
 
 
 def _sample(options: argparse.Namespace, notes: list[str]) -> tuple[int, Parts]:

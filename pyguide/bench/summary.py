@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import classifier
+from . import guidance as methods
 from .cases import DEFAULT
 from .sample import IMAGES
 from .step import COMPILE, COPY, EAGER, KERNEL, SAMPLER, STOCK
@@ -120,6 +121,19 @@ def goals(rows: Rows) -> list[Goal]:
         if faster:
             what = f"{'x'.join(map(str, shape))}: outside the models faster than guided-diffusion, slowest sampler"
             found.append(Goal(what, 5, min(faster.values())))
+    return found + _methods_goals(rows)
+
+
+def _methods_goals(rows: Rows) -> list[Goal]:
+    """Of the guidance methods, on a CPU."""
+    rows = [row for row in rows if row["suite"] == "guidance" and row["clock"] == "host"]
+    cost, faster = methods.over_cfg(rows, SMALL), methods.ratios(rows, SMALL, STOCK)
+    at, found = "x".join(map(str, SMALL)), []
+    for name in methods.REACHES:
+        if name in cost:
+            found.append(Goal(f"{at}: {name} over plain CFG", 2.5, cost[name], True))
+        if name in faster:
+            found.append(Goal(f"{at}: {name} faster than diffusers' own", 5, faster[name]))
     return found
 
 
@@ -174,6 +188,7 @@ def paragraph(rows: Rows, notes: Sequence[str] = (), files: Sequence[str] = ()) 
     for shape, dtype in groups(rows):
         said.append(_step_sentence(rows, shape, dtype))
     said += [_classifier_sentence(rows, shape) for shape in classifier.shapes_of(rows)]
+    said += [_methods_sentence(rows, shape) for shape in methods.shapes_of(rows)]
     said += _end_to_end(rows)
     gains = [row["ratio"] for row in rows if row["suite"] == "accuracy" and row["ratio"] is not None]
     if gains:
@@ -226,9 +241,25 @@ def _classifier_sentence(rows: Rows, shape: Sequence[int]) -> str:
     return f"At {at} classifier guidance takes pyguide, outside of the models, {', '.join(parts)}."
 
 
+def _methods_sentence(rows: Rows, shape: Sequence[int]) -> str:
+    """Of the guidance methods at one shape: the cost over plain CFG, and what the peers take."""
+    found, cost = methods.by_contender(rows, shape), methods.over_cfg(rows, shape)
+    at, said = "x".join(map(str, shape)), []
+    plain = min(here[methods.PLAIN]["us"] for here in found.values())
+    if cost:
+        dear = max(cost, key=lambda name: cost[name])
+        said.append(f"guidance takes pyguide {min(cost.values()):.2f} to {cost[dear]:.2f} ({dear}) times its plain CFG")
+    for name, label in methods.PEERS.items():
+        times = methods.ratios(rows, shape, name)
+        if times:
+            slowest = min(times, key=lambda method: times[method])
+            said.append(f"{label} {times[slowest]:.1f} ({slowest}) to {max(times.values()):.1f} times as long")
+    return f"At {at} {', '.join(said)}; plain CFG {plain:.1f} us."
+
+
 def _unrest(rows: Rows) -> list[str]:
     """A warning where many of the numbers did not repeat."""
-    timed = [row for row in rows if row["suite"] in ("step", "classifier")]
+    timed = [row for row in rows if row["suite"] in ("step", "classifier", "guidance")]
     loose = sum(row["us_p80"] > STEADY * row["us_p20"] for row in timed)
     if 10 * loose < len(timed) or not loose:
         return []
