@@ -64,6 +64,15 @@ def test_the_code_of_the_page_on_classifier_guidance_runs(capsys):
     assert "19 tensor([" in capsys.readouterr().out
 
 
+def test_the_code_of_the_page_on_guidance_runs(capsys):
+    namespace: dict[str, Any] = {}
+    for block in blocks("docs/guidance.md"):
+        exec(compile(block, "guidance.md", "exec"), namespace)
+        assert torch.isfinite(namespace["images"]).all()
+    cfg, apg = map(float, capsys.readouterr().out.split())
+    assert cfg > 1.8 > apg > 1  # 2.06 and 1.62
+
+
 def test_the_code_for_those_who_come_from_guided_diffusion_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
