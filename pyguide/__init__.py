@@ -10,15 +10,24 @@ from . import models, schedules, solvers
 from .compiler import CertificateError, TraceError, compile
 from .graph import CaptureError
 from .guidance import (
+    APG,
     CFG,
     Autoguidance,
     CFGPlusPlus,
+    CFGZeroStar,
     ClassifierGuidance,
     Compose,
+    CustomGuidance,
+    DynamicThresholding,
     EditCFG,
     GradientGuidance,
     Guidance,
+    MagnitudeAwareCFG,
+    MomentGuidance,
+    NormPreservingCFG,
+    PerpNeg,
     PerturbedGuidance,
+    TangentialCFG,
 )
 from .noise import randn
 from .path import Level, NoisePath
@@ -37,22 +46,31 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "APG",
     "CFG",
     "Autoguidance",
     "CFGPlusPlus",
+    "CFGZeroStar",
     "CaptureError",
     "CertificateError",
     "ClassifierGuidance",
     "Compose",
+    "CustomGuidance",
+    "DynamicThresholding",
     "EditCFG",
     "Event",
     "GradientGuidance",
     "Guidance",
     "Level",
+    "MagnitudeAwareCFG",
+    "MomentGuidance",
     "NoisePath",
+    "NormPreservingCFG",
+    "PerpNeg",
     "PerturbedGuidance",
     "Plan",
     "Sampler",
+    "TangentialCFG",
     "TraceError",
     "__version__",
     "compile",

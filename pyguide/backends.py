@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from . import native
-from .launch import NativeStep, ReferenceStep
+from .launch import NativeStep
+from .reference_step import ReferenceStep
 
 Backend = Literal["auto", "native", "triton", "reference"]
 FUSED = ("native", "triton")  # by priority; behind them the reference

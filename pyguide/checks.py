@@ -32,7 +32,9 @@ def number(
     if high < math.inf:
         wanted = f"a number in {'(' if above else '['}{low:g}, {high:g}]"
     else:
-        wanted = f"a {'finite ' if finite else ''}number {'>' if above else '>='} {low:g}"
+        wanted = f"a {'finite ' if finite else ''}number" + (
+            f" {'>' if above else '>='} {low:g}" if low > -math.inf else ""
+        )
     raise ValueError(f"{name}: expected {wanted}{or_else}, got {_shown(value)}")
 
 

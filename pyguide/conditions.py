@@ -39,6 +39,7 @@ class Routing:
     calls: list[Call]
     index: NDArray[np.int32]  # [B, K]
     guided: bool = False  # a classifier is called too
+    computed: bool = False  # the outputs decide what their weights are
 
 
 def route(active: NDArray[np.bool_], batched: bool) -> tuple[list[Call], NDArray[np.int32]]:
@@ -128,23 +129,29 @@ def stack(conds: list[Cond], call: Call, batch: int, name: str = "cond") -> dict
 
 
 def routings(
-    active: NDArray[np.bool_], batched: bool, model: NDArray[np.bool_], guided: NDArray[np.bool_]
+    active: NDArray[np.bool_],
+    batched: bool,
+    model: NDArray[np.bool_],
+    guided: NDArray[np.bool_],
+    computed: NDArray[np.bool_],
 ) -> list[Routing]:
-    """One routing per evaluation, for the branches that are run [R, B, K], and whether the model and a classifier are
-    called at all [R]; evaluations that call the same for the same samples share it."""
+    """One routing per evaluation, for the branches that are run [R, B, K], whether the model and a classifier are
+    called at all [R], and whether outputs decide their weights [R]; evaluations that do the same for the same samples
+    share it.
+    """
     known: dict[Any, Routing] = {}
     routes: list[Routing] = []
-    same = (active[1:] == active[:-1]).all(axis=(1, 2)) & (model[1:] == model[:-1]) & (guided[1:] == guided[:-1])
-    repeated = same.tolist()
+    flags = np.stack([model, guided, computed], axis=-1)  # [R, 3]
+    repeated = ((active[1:] == active[:-1]).all(axis=(1, 2)) & (flags[1:] == flags[:-1]).all(axis=1)).tolist()
     for i, here in enumerate(active):
         if i and repeated[i - 1]:
             routes.append(routes[-1])
             continue
-        key = here.tobytes(), model[i], guided[i]
+        key = here.tobytes(), flags[i].tobytes()
         if key not in known:
             if not model[i]:  # a place for the timestep, which the classifier is told
                 here = np.broadcast_to(np.arange(here.shape[1]) == 0, here.shape)
             calls, index = route(here, batched)
-            known[key] = Routing(calls if model[i] else [], index, bool(guided[i]))
+            known[key] = Routing(calls if model[i] else [], index, bool(guided[i]), bool(computed[i]))
         routes.append(known[key])
     return routes

@@ -77,7 +77,7 @@ class CapturedLoop:
 
     def _graph(self, i: int, routing: Routing) -> Graph:
         calls = [(call.key, frozen(call.cond)) for call in routing.calls]
-        buffers, key = self.run.buffers, (self.common, routing.guided, *calls)
+        buffers, key = self.run.buffers, (self.common, routing.guided, routing.computed, *calls)
         if key not in buffers.graphs:
             buffers.keep_graph(key, self._recorded(i, routing))
         found: Graph = buffers.graphs[key]

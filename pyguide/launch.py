@@ -1,6 +1,6 @@
-"""The buffers of one run, and two ways to execute a row on them: the native CPU kernel and the reference.
+"""The buffers of one run, and the native CPU kernel's way to execute a row on them.
 
-device.py has the ways that run on a GPU. All of them are a `Step`.
+device.py has the ways that run on a GPU, reference_step.py the definition. All of them are a `Step`.
 """
 
 from __future__ import annotations
@@ -8,15 +8,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import arrays, native, noise, reference
+from . import arrays, native
 from .arrays import Array
 from .buffers import Buffers
-from .layout import NONFINITE, SAMPLE, SEPARATE, TAG_STEP, Row, row_width, split_row, split_weights, weights_width
+from .layout import NONFINITE, SAMPLE
+from .moments import Moments
+
+
+class Quantile(NamedTuple):
+    """Dynamic thresholding: bound[b] = min(max(quantile of |D|, least), limit) before each row."""
+
+    quantile: float
+    least: float
+    limit: float
+    bound: Array  # [B] in the dtype of the state
 
 
 @dataclass
@@ -32,12 +42,15 @@ class Launch:
     source: NDArray[np.int32]  # [B, K], or by row [rows, B, K]: where each branch lies in its output, -1: absent
     target: NDArray[np.int32]  # likewise where the next model input goes
     guidance_slots: int = 0
+    moments: Moments | None = None  # weights that are computed from the branches before a row
+    quantile: Quantile | None = None  # the bound likewise
     noise: Array | None = None  # [B, C, *] in the dtype of the state: supplied noise; None: from the seeds
     denoised: Array | None = None  # [B, C, *] where D goes, if anyone wants it
     gradient: Array | None = None  # [B, C, *] in the dtype of the state: the classifier's
     variance: Array | None = None  # [n, C, *] learned variance, like the output of branch `variance_branch`
     variance_branch: int = 0
     bound: Array | None = None  # [B] in the dtype of the state: clip to +-bound and divide by it; 0: the row's clip
+    # (that of the quantile, if there is one)
     check: bool = False
     threads: int = 0
     buffers: Buffers = field(default_factory=Buffers)  # where a back end that needs more arrays keeps them
@@ -88,6 +101,7 @@ class NativeStep:
         self.dtype: Any = launch.inputs[0].dtype  # of the model's outputs: what its inputs are until one says otherwise
         self.bumped, self.bump = versions(launch)
         self.supplied = False
+        self.asks = launch.moments is not None and not launch.moments.own
         self.walked: dict[Any, tuple[int, ...]] = {}
         self.step = self._bind()
 
@@ -115,8 +129,26 @@ class NativeStep:
         if a.variance is not None:
             step.set_variance(*_walk(a.variance), a.variance_branch)
         self._bind_bound(step)
+        if a.moments is not None:
+            self._bind_moments(step, a.moments)
+        if a.quantile is not None:
+            quantile, least, limit, bound = a.quantile
+            step.set_quantile(quantile, least, limit, arrays.pointer(bound))
         self.layouts = None
         return step
+
+    def _bind_moments(self, step: Any, m: Moments) -> None:
+        """The program and where its parameters lie on the host, where the checks read them too."""
+        width = len(m.pattern)
+        step.set_moments(
+            m.program.packed(),
+            *(arrays.pointer(m.parameters), m.row_stride, m.sample_stride),
+            *(0, width, m.plain_sample_stride, arrays.pointer(m.pattern)),
+            *(0 if array is None else arrays.pointer(array) for array in (m.partial, m.moments)),
+            *m.groups,
+            *(0 if m.guided is None else arrays.pointer(m.guided), arrays.pointer(m.guided_source)),
+        )
+        step.own = m.own
 
     def _bind_bound(self, step: Any) -> None:
         if self.launch.bound is not None:
@@ -143,9 +175,26 @@ class NativeStep:
 
     def advance(self, outputs: Sequence[Array | None]) -> None:
         addresses = self._addresses(outputs)  # first: outputs of another dtype make another step
+        if self.asks:
+            self.step.moments(*addresses)
+            self._weigh()
         self.step.run(*addresses)
         if self.bumped:  # what was written through pointers must not pass for unchanged
             self.bump(self.bumped)
+
+    def _weigh(self) -> None:
+        """The samples' own blocks by a function of the moments; where rows do not act, they are the host's already."""
+        m: Any = self.launch.moments
+        if m.acts(self.launch.samples["row"]).all():
+            m.weigh(m.moments, *self._own_blocks(m), len(self.launch.state))
+
+    def _own_blocks(self, m: Moments) -> tuple[Array, Array]:
+        """The parameters [B, P] of the samples' rows, and the samples' own blocks [B, width]."""
+        a, width = self.launch, len(m.pattern)
+        rows, each = a.samples["row"], np.arange(len(a.samples))
+        table = m.parameters[rows, each if m.parameters.shape[1] > 1 else 0]
+        blocks = a.weights[-len(rows) * width :].reshape(len(rows), width)
+        return (table, blocks) if isinstance(a.state, np.ndarray) else (arrays.tensor(table), arrays.tensor(blocks))
 
     def _addresses(self, outputs: Sequence[Array | None]) -> tuple[int, ...]:
         """Of the outputs, whose strides the kernel is told where they are new."""
@@ -204,116 +253,6 @@ def _walk(array: Array) -> tuple[int, int, int, int]:
     strides = arrays.merged_strides(tuple(array.shape), arrays.strides(array))
     assert strides is not None, "callers hand over arrays that a kernel can walk"
     return (arrays.pointer(array), *strides)
-
-
-class Absent:
-    """In place of an operand that was not given: an error that names it as soon as the formula reads it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __mul__(self, other: object) -> Any:
-        raise ValueError(f"{self.name}: a row reads it, and it is absent")
-
-    __rmul__ = __add__ = __mul__
-
-
-class ReferenceStep:
-    """Rows through `reference.step`, sample by sample: the definition, on any device that the arrays are on."""
-
-    on_device = False
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch, self.supplied = launch, False
-
-    def use_noise(self, supplied: bool) -> None:
-        self.supplied = supplied
-
-    def attach(self, *, gradient: Array | None = None, variance: Array | None = None) -> None:
-        self.launch.attach(gradient, variance)
-
-    def advance(self, outputs: Sequence[Array | None]) -> None:
-        a = self.launch
-        due = [b for b, sample in enumerate(a.samples) if sample["row"] != sample["end"]]
-        results = [self._computed(b, outputs) for b in due]  # all before the first is written: an error changes nothing
-        for b, (row, slots, done) in zip(due, results, strict=True):
-            sample = a.samples[b]
-            for c, (old, new) in enumerate(zip(slots, done.slots, strict=True)):
-                if new is not old:
-                    a.state[c, b] = new
-            if a.denoised is not None and done.denoised is not None:
-                a.denoised[b] = done.denoised
-            if a.check and not bool((abs(a.state[0, b]) < np.inf).all()):
-                sample["flags"] |= NONFINITE
-            sample["row"] += 1
-            if sample["row"] < sample["end"]:
-                self._write_input(b, int(sample["row"]) - 1, row)
-
-    def _computed(self, b: int, outputs: Sequence[Array | None]) -> tuple[Row, list[Array], Any]:
-        """The row of sample b, its slots as they are, and what the row makes of them."""
-        a, K, S = self.launch, len(self.launch.inputs), self.launch.state.shape[0]
-        sample, dtype = a.samples[b], arrays.dtype_name(a.state)
-        i, block = int(sample["row"]), weights_width(K, S, a.guidance_slots)
-        slots, row, source = [a.state[c, b] for c in range(S)], self._row(sample, i), _routes(a.source, i, b)
-        weights = None
-        branches: list[Array] = [None] * K
-        if i:
-            start = int(sample["weights"]) + (0 if sample["method"] else i * block)
-            separate = bool(sample["flags"] & SEPARATE)
-            weights = split_weights(a.weights[start : start + block], K, S, a.guidance_slots, separate)
-            each = [*outputs] * (K if len(outputs) == 1 else 1) or [None] * K
-            branches = [
-                Absent(f"outputs[{k}] of sample {b}") if place < 0 or out is None else arrays.cast(out[place], dtype)
-                for k, (place, out) in enumerate(zip(source, each, strict=True))
-            ]
-        z: Any = None
-        g: Any = None
-        variance: Any = None
-        if any(row.n):
-            z = a.noise[b] if self.supplied and a.noise is not None else self._normals(sample, i)
-        if any(row.q):
-            g = Absent("gradient") if a.gradient is None else a.gradient[b]
-        if (z is not None or g is not None) and (row.var_lo != 0 or row.var_hi != 0):
-            place = source[a.variance_branch]
-            variance = Absent("variance")
-            if a.variance is not None and place >= 0:
-                variance = arrays.cast(a.variance[place], dtype)
-        bound = 0.0 if a.bound is None else float(a.bound[b])
-        operands: dict[str, Any] = {"noise": z, "gradient": g, "variance": variance, "bound": bound}
-        operands["want_denoised"] = a.denoised is not None
-        return row, slots, reference.step(row, slots, branches, weights, **operands)
-
-    def _row(self, sample: Any, i: int) -> Row:
-        width = row_width(int(sample["slots"]))
-        start = int(sample["table"]) + i * width
-        return split_row(self.launch.tables[start : start + width], int(sample["slots"]))
-
-    def _normals(self, sample: Any, i: int) -> Array:
-        shape, like = self.launch.state.shape[2:], self.launch.state
-        values = noise.normals(int(sample["seed"]), int(np.prod(shape)), i, TAG_STEP).reshape(shape)
-        return arrays.from_numpy(values.astype(arrays.dtype_name(like)), like)
-
-    def _write_input(self, b: int, i: int, row: Row) -> None:
-        a = self.launch
-        for place, x, t in zip(_routes(a.target, i, b), a.inputs, a.times, strict=True):
-            if place >= 0:
-                x[place] = arrays.cast(a.state[0, b] * row.c_in, arrays.dtype_name(x))
-                t[place] = round(row.timestep) if "int" in str(t.dtype) else row.timestep
-
-    def refresh(self) -> None:
-        for b, sample in enumerate(self.launch.samples):
-            i = int(sample["row"]) - 1  # the row that wrote them
-            if 0 <= i < sample["end"] - 1:
-                self._write_input(b, i, self._row(sample, i))
-
-    def flagged(self, flag: int = NONFINITE) -> NDArray[np.bool_]:
-        return flagged(self.launch.samples, flag)
-
-
-def _routes(routes: NDArray[np.int32], row: int, b: int) -> list[int]:
-    """[K] of sample b."""
-    found: list[int] = (routes[row] if routes.ndim == 3 else routes)[b].tolist()
-    return found
 
 
 def flagged(samples: NDArray[Any], flag: int) -> NDArray[np.bool_]:

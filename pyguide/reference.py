@@ -1,5 +1,5 @@
-"""The step and the classifier's gradient, in plain array arithmetic: the definition that every back end must match, and
-the fallback.
+"""The step, the guidance methods and the classifier's gradient, in plain array arithmetic: the definition that every
+back end must match, and the fallback.
 
 The step. Per element, with the K branch outputs m_k, the slots s_c (s_0 is the noisy x) and standard normal noise z:
 
@@ -18,12 +18,13 @@ on torch tensors, in the dtype of the state. csrc/step.h has the same formula; `
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .arrays import cast, dtype_name, from_numpy
+from .guidance.vectors import Dense
 from .layout import Row, Weights
 
 Array = Any
@@ -85,7 +86,7 @@ def step(
             second = combine(zip(weights.v, outputs, strict=True), x)
     denoised = None
     if needs_denoised and weights is not None:
-        denoised = combine([(row.a_x, x), (row.a_g, guided)], x)
+        denoised = combine([(row.a_x, x), (row.a_g, guided)], x)  # as in `bound`
         denoised = clamp(denoised, -bound, bound) / bound if bound else clamp(denoised, row.clip_lo, row.clip_hi)
     scale: Any = 1.0
     if variance is not None and (row.var_lo != 0 or row.var_hi != 0):
@@ -109,6 +110,70 @@ def step(
         unused = r > 0 and all(coefficient == 0 for coefficient, _ in terms)
         new.append(old if unused else combine(terms, x))
     return Stepped(new, denoised)
+
+
+def guided(
+    guide: Callable[..., Any],
+    x: Array,  # [C, *] like the branches
+    branches: Sequence[Array],
+    own: Sequence[Array],  # the method's slots
+    scalars: Mapping[str, float],
+    *,
+    p_x: float,
+    p_m: float,
+    axes: tuple[int, ...],
+) -> tuple[Array, list[Array]]:
+    """A method's equation, run with arrays: the guided output, and the method's slots afterwards.
+
+    The branches enter as P_k = p_x x + p_m m_k, the guided P leaves as G = (P - p_x x) / p_m. In float64, one rounding
+    to the dtype of x; norms and products over `axes`.
+    """
+    real = dtype_name(x)
+    x, *vectors = (cast(array, "float64") for array in (x, *branches, *own))
+    count = len(branches)
+    if (p_x, p_m) != (0.0, 1.0):
+        vectors[:count] = [p_x * x + p_m * m for m in vectors[:count]]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        answer = guide(*(Dense(vector, axes) for vector in vectors), **scalars)
+    first, *kept = answer if isinstance(answer, tuple) else (answer,)
+    G = first.array if (p_x, p_m) == (0.0, 1.0) else (first.array - p_x * x) / p_m
+    return cast(G, real), [cast(slot.array, real) for slot in kept]
+
+
+def moments(
+    x: Array,  # [C, *] like the branches
+    branches: Sequence[Array],
+    *,
+    p_x: float,
+    p_m: float,
+) -> list[float]:
+    """Sums and inner products of P_0 and of the differences m_k - m_0, in the order of csrc/moments.h."""
+    x, first, *others = (cast(array, "float64") for array in (x, *branches))
+    vectors = [p_x * x + p_m * first if p_x else p_m * first, *(m - first for m in others)]
+    sums = [float(vector.sum()) for vector in vectors]
+    return sums + [float((a * b).sum()) for i, a in enumerate(vectors) for b in vectors[i:]]
+
+
+def bound(
+    row: Row,
+    slots: Sequence[Array],
+    outputs: Sequence[Array | None],
+    weights: Weights | None,
+    *,
+    quantile: float,
+    least: float,
+    limit: float,
+    want_denoised: bool = False,
+) -> float:
+    """min(max(quantile of |D|, least), limit), D before it is clipped, the quantile interpolated linearly; NaN if any D
+    is. 0 where a row needs no D."""
+    if weights is None or not (want_denoised or any(row.d)):
+        return 0.0
+    x = slots[0]
+    G = combine([*zip(weights.w, outputs, strict=True), *zip(weights.o, slots, strict=True)], x) if row.a_g else None
+    D = combine([(row.a_x, x), (row.a_g, G)], x)
+    sizes = np.abs(np.asarray(D.cpu() if hasattr(D, "cpu") else D, np.float64))
+    return float(np.minimum(np.maximum(np.quantile(sizes, quantile), least), limit))
 
 
 def classifier_grad(

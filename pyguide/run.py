@@ -17,18 +17,18 @@ from .conditions import Cond, Routing, Told, assign, routings, stack
 from .draws import Draws
 from .graph import CapturedLoop, keep
 from .guidance import ClassifierGuidance
-from .launch import Launch, Step, place_samples
-from .layout import HEAD, NONFINITE_LOGITS, SEPARATE, weights_width
+from .hatch import Hatch
+from .launch import Launch, Quantile, Step, place_samples
+from .layout import HEAD, NONFINITE_LOGITS, SEPARATE
+from .moments import guided_routes, moments_of, own_blocks
 from .noise import check_seeds
 from .outputs import Outputs
 from .path import Level
-from .plan import Plan
 from .solvers.registry import time_dtype
+from .weights import Weighing, weigh
 
 if TYPE_CHECKING:
     from .sampler import Sampler
-
-Weights = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class Run:
         self.noisy = frozenset(rows if seeds is None or elsewhere is not None else ())
         self.batched = sampler.cfg is None or sampler.cfg.batched
         self.branches: tuple[str, ...] = ("cond",) if sampler.cfg is None else sampler.cfg.branches
-        weights, second = self._weights()
-        active = (weights != 0) if second is None else (weights != 0) | (second != 0)
+        weighing = weigh(sampler.cfg, sampler.guided, self.batch)
+        active = weighing.active
         self.variance_branch = self._keep_variance(active)
         classified = isinstance(sampler.guidance, ClassifierGuidance)
         told = assign(cond, uncond, conds, self.batch, "classifier" if classified else None)
-        by_branch = self._by_branch(told, active.any(axis=(0, 1)))
+        by_branch = self._by_branch(told, np.asarray(active.any(axis=(0, 1))))
         self.is_numpy = isinstance(noise, np.ndarray)
         self.device: Any = None if self.is_numpy else noise.device
         where = "cpu" if self.is_numpy else str(noise.device.type)
@@ -107,8 +107,10 @@ class Run:
         self._release = weakref.finalize(self, sampler._spare.give, kind, self.buffers)
         self._release.atexit = False
         scales, called = self._scales()
-        self.routes: list[Routing] = routings(active, self.batched, sampler.guided.model, called)
-        self.launch = self._buffers(weights, second, called)
+        computed = np.asarray(weighing.computed.any(axis=1))
+        self.routes: list[Routing] = routings(active, self.batched, sampler.guided.model, called, computed)
+        self.hatch = Hatch.of(sampler.cfg)
+        self.launch = self._buffers(weighing, called)
         self._bind_calls(by_branch)
         self.outputs = Outputs(sampler.branch_models, self.plan, self.launch, self.batched)
         self.step = backends.stepper(self.backend, where)(self.launch)
@@ -119,26 +121,12 @@ class Run:
             if told.classifier is not None and sampler.classifier is not None and set(seen) - {"labels"}:
                 raise ValueError(f'conds["classifier"]: a classifier is told labels, got {sorted(seen)}')
             self.gradient = gradient(self, guidance, sampler.classifier, seen, scales)
-        self.plain = self.gradient is None and not self.outputs.learned  # a row reads nothing but the model's outputs
+        # a row reads nothing but the model's outputs
+        self.plain = self.gradient is None and not self.outputs.learned and self.hatch is None
         if sampler.cuda_graph:
             self.captured = CapturedLoop(self)
 
     # ---- setting up -------------------------------------------------------------------------------------------
-    def _weights(self) -> tuple[Weights, Weights | None]:
-        """Of the branches at every evaluation [R, B, K], for G and, if that is another combination, for U; all 0 where
-        only a classifier is called."""
-        cfg, plan, called = self.sampler.cfg, self.plan, self.sampler.guided.model
-        if cfg is None:
-            weights, second = np.ones((plan.evaluations, self.batch, 1)), None
-        else:
-            weights, second = cfg.table(plan, self.batch), cfg.second(plan, self.batch)
-        if cfg is not None and cfg.space != "model" and not np.allclose(weights.sum(axis=-1), 1):
-            raise ValueError(f"space: {cfg!r} has weights whose sum is not 1; only 'model' is combined")
-        if not called.all():
-            weights = np.where(called[:, None, None], weights, 0.0)
-            second = None if second is None else np.where(called[:, None, None], second, 0.0)
-        return weights, second
-
     def _keep_variance(self, active: NDArray[np.bool_]) -> int:
         """The branch whose learned variance the plan reads: the conditional one, which then is always called, or the
         first one if it never is."""
@@ -182,12 +170,15 @@ class Run:
                     raise ValueError(f"{name}: {cfg!r} runs this branch and needs its conditions ({{}} if none)")
         return [given.get(name, {}) for name in self.branches]
 
-    def _buffers(self, weights: Weights, second: Weights | None, called: NDArray[np.bool_]) -> Launch:
-        plan, K, S = self.plan, len(self.branches), self.plan.slots
+    def _buffers(self, weighing: Weighing, called: NDArray[np.bool_]) -> Launch:
+        plan, K, cfg = self.plan, len(self.branches), self.sampler.cfg
+        own = 0 if cfg is None else cfg.slots
+        S = plan.slots + own
         state_dtype = "float64" if self.dtype == "float64" else "float32"
         array = self.buffers.array
         state = array("state", (S, *self.shape), state_dtype, self.like)
         arrays.copy_into(state[0], self.like)
+        state[plan.slots :] = 0
         rows, count = (self.batch * K, 1) if self.batched else (self.batch, K)
         told = time_dtype(plan.integer_time and self.model.time == "timestep", state_dtype == "float64")
         input_dtype, input_shape = self.model.dtype or self.dtype, (rows, *self.shape[1:])
@@ -195,29 +186,48 @@ class Run:
             raise TypeError("noise: the model takes bfloat16, which numpy does not have; give a torch tensor")
         inputs = [array(f"input {k}", input_shape, input_dtype, self.like) for k in range(count)]
         times = [array(f"time {k}", (rows,), told, self.like) for k in range(count)]
-        both = weights if second is None else np.concatenate([weights, second], axis=-1)
-        shared = bool((both == both[:, :1]).all())
-        blocks = np.zeros((1 if shared else self.batch, plan.evaluations + 1, weights_width(K, S, 0)))
-        blocks[:, 1:, : both.shape[-1]] = np.swapaxes(both[:, :1] if shared else both, 0, 1)
-        samples = place_samples(self.batch, plan.evaluations + 1, S, self.seeds, 0 if shared else blocks[0].size)
-        samples["flags"] = 0 if second is None else SEPARATE
         nowhere = np.full((self.batch, K), -1, np.int32)  # row 0 reads no output, the last one writes no input
         routes = np.stack([nowhere, *(routing.index for routing in self.routes), nowhere])
+        source, target = routes[:-1], routes[1:]
+        if self.hatch is not None:
+            source, weighing = guided_routes(source), weighing.of_first()
+        blocks = weighing.blocks(S, own).astype(state_dtype)
+        per_sample = 0 if len(blocks) == 1 else blocks[0].size
+        samples = place_samples(self.batch, plan.evaluations + 1, plan.slots, self.seeds, per_sample)
+        samples["flags"] = 0 if weighing.second is None else SEPARATE
+        moments = moments_of(cfg, plan, weighing.computed, blocks, source, self.shape, self.buffers, self.like)
+        weights = blocks.ravel()
+        if moments is not None:
+            width = blocks.shape[2]
+            computed = own_blocks(moments, self.batch, width, S, K)
+            samples["method"] = 1
+            samples["weights"] = weights.size + np.arange(self.batch) * width
+            weights = np.concatenate([weights, computed.astype(state_dtype).ravel()])
         return Launch(
             state=state,
             inputs=inputs * (K // count),
             times=times * (K // count),
             tables=self._table(state_dtype, called),
-            weights=blocks.astype(state_dtype).ravel(),
+            weights=weights,
             samples=samples,
+            guidance_slots=own,
+            moments=moments,
+            quantile=self._quantile(state_dtype),
             noise=array("noise", self.shape, state_dtype, self.like) if self.noisy else None,
             denoised=array("denoised", self.shape, state_dtype, self.like) if self.wants_events else None,
-            source=routes[:-1],
-            target=routes[1:],
+            source=source,
+            target=target,
             variance_branch=self.variance_branch,
             check=self.sampler.check != "off",
             buffers=self.buffers,
         )
+
+    def _quantile(self, dtype: str) -> Quantile | None:
+        given = self.sampler.thresholding
+        if given is None:
+            return None
+        bound = self.buffers.array("bound", (self.batch,), dtype, self.like)
+        return Quantile(given.quantile, given.max, given.limit, bound)
 
     def _table(self, dtype: str, called: NDArray[np.bool_]) -> NDArray[Any]:
         """The sampler's rows; those whose classifier is not called read no gradient."""
@@ -266,7 +276,8 @@ class Run:
         turn = self._turn if self.captured is None else self.captured.turn
         bar = _bar(len(self.routes)) if self.sampler.progress else None
         number, last, denoised = -1, 0, None  # of the model's evaluations; the last of them, and what it predicted
-        moved = [not routing.calls for routing in self.routes[1:]] + [False]  # by a classifier, before x is done
+        models = self.sampler.guided.model.tolist()  # evaluations of the model, the others are a classifier's alone
+        moved = [not called for called in models[1:]] + [False]  # by a classifier, before x is done
         try:
             for i, routing in enumerate(self.routes):
                 turn(i, routing)
@@ -275,7 +286,7 @@ class Run:
                 if not self.wants_events:
                     yield None
                     continue
-                if routing.calls:
+                if models[i]:
                     number, last, denoised = number + 1, i, self._denoised(i, routing)
                 if moved[i]:
                     continue
@@ -300,10 +311,15 @@ class Run:
         """The model's outputs at evaluation i; what else its row reads is attached to the step."""
         if routing.guided:
             self.step.attach(gradient=self.gradient(i, routing))  # type: ignore[misc, union-attr]
-        outputs = self.outputs
-        given = outputs.of(routing)
-        if outputs.variance is not None:
-            self.step.attach(variance=outputs.variance)  # type: ignore[union-attr]
+        given, variance, moments = self.outputs.of(routing), self.outputs.variance, self.launch.moments
+        guided = None if moments is None else moments.guided
+        if self.hatch is not None:
+            given = self.hatch(given, routing, self.launch.state[0])
+            guided = given[0]
+        if variance is not None:
+            if guided is not None and variance.dtype != guided.dtype:  # what a row reads of a model has one type
+                variance = arrays.cast(variance, arrays.dtype_name(guided))
+            self.step.attach(variance=variance)  # type: ignore[union-attr]
         return given
 
     def draw(self, row: int) -> None:
@@ -368,21 +384,6 @@ def check_noise(noise: Array) -> tuple[int, ...]:
     if arrays.is_torch(noise) and noise.requires_grad:
         raise ValueError("noise: requires grad, and sampling is not differentiable; detach it")
     return tuple(noise.shape)
-
-
-def time_column(plan: Plan, time: str) -> NDArray[np.float64]:
-    """What the model is told at each evaluation [R], in its time convention."""
-    if time == "timestep":
-        return plan.timestep
-    if time == "unit":
-        if plan.train_steps == 0:
-            raise ValueError("time: an edm path has no training steps of which unit time would be the fraction")
-        return plan.timestep / plan.train_steps
-    if time == "sigma":
-        return plan.sigma
-    if (plan.alpha == 0).any():
-        raise ValueError("time: c_noise = log(sigma / alpha) / 4 is not defined at alpha = 0, where this plan starts")
-    return np.asarray(np.log(plan.sigma / plan.alpha) / 4, np.float64)
 
 
 def _bar(total: int) -> Any:

@@ -15,11 +15,11 @@ from .backends import Backend
 from .buffers import Spare
 from .conditions import Cond
 from .extras import require
-from .guidance import ClassifierGuidance, Guidance
+from .guidance import ClassifierGuidance, DynamicThresholding, Guidance
 from .guidance.forms import GuidedPlan, guide
 from .layout import TIMESTEP
 from .plan import Plan
-from .run import Event, Run, time_column
+from .run import Event, Run
 
 GRAPH_SHAPES = 4  # kinds of noise whose graphs a sampler keeps
 
@@ -31,7 +31,8 @@ class Sampler:
         unconditional one first, t [n], the conditions stacked alike. x and t are the sampler's buffers: copy what you
         keep.
     plan: from `pyguide.compile`.
-    guidance: CFG(...) and its relatives, or ClassifierGuidance(...); None calls the model once, with `cond`.
+    guidance: CFG(...) and its relatives, or ClassifierGuidance(...), either of them in DynamicThresholding(...); None
+        calls the model once, with `cond`.
     backend: "native" (C++ on a CPU, CUDA on a GPU), "triton" (a GPU), "reference" (plain array arithmetic, any
         device), or "auto": the first of these that runs on the device of the noise; `repr` says which ran, and where.
     cuda_graph: record model and step as one CUDA graph and replay it once per evaluation: for noise on a GPU, and a
@@ -51,7 +52,7 @@ class Sampler:
         self,
         model: Any,
         plan: Plan,
-        guidance: Guidance | ClassifierGuidance | None = None,
+        guidance: Guidance | ClassifierGuidance | DynamicThresholding | None = None,
         *,
         backend: Backend = "auto",
         cuda_graph: bool = False,
@@ -60,6 +61,9 @@ class Sampler:
     ) -> None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan: expected a Plan from pyguide.compile, got {type(plan).__name__}")
+        self.thresholding = guidance if isinstance(guidance, DynamicThresholding) else None
+        if isinstance(guidance, DynamicThresholding):
+            guidance = guidance.guidance
         if guidance is not None and not isinstance(guidance, (Guidance, ClassifierGuidance)):
             raise TypeError(f"guidance: expected a guidance method such as CFG(scale), got {type(guidance).__name__}")
         if backend not in ("auto", "native", "triton", "reference"):
@@ -94,7 +98,7 @@ class Sampler:
         """What combines the branches, the rows that run, and the classifier."""
         if not isinstance(guidance, ClassifierGuidance):
             return guidance, GuidedPlan.unguided(plan), None
-        guided = guide(plan, guidance.form, guidance.acting(plan))
+        guided = guide(plan, guidance.form, guidance.acting(plan), self.thresholding is not None)
         if guidance.classifier is None:
             return guidance.cfg, guided, None
         try:
@@ -139,7 +143,7 @@ class Sampler:
 
     def __repr__(self) -> str:
         which = ", ".join(f"{name} ({device})" for device, name in self._ran.items()) or self.backend
-        text = f"Sampler({self.plan!r}, {self.guidance!r}, backend={which}"
+        text = f"Sampler({self.plan!r}, {self.thresholding or self.guidance!r}, backend={which}"
         if self.cuda_graph:
             graphs = self._spare.graphs()
             text += f", cuda_graph={len(graphs)} recorded, {sum(graph.memory for graph in graphs) / 2**20:.1f} MiB"
@@ -234,6 +238,21 @@ class Sampler:
                 raise ValueError(f"plan: row {row} has a coefficient beyond {dtype}, {table[row, column]:g}")
             self._tables[key] = rounded.ravel()
         return self._tables[key]
+
+
+def time_column(plan: Plan, time: str) -> NDArray[np.float64]:
+    """What the model is told at each evaluation [R], in its time convention."""
+    if time == "timestep":
+        return plan.timestep
+    if time == "unit":
+        if plan.train_steps == 0:
+            raise ValueError("time: an edm path has no training steps of which unit time would be the fraction")
+        return plan.timestep / plan.train_steps
+    if time == "sigma":
+        return plan.sigma
+    if (plan.alpha == 0).any():
+        raise ValueError("time: c_noise = log(sigma / alpha) / 4 is not defined at alpha = 0, where this plan starts")
+    return np.asarray(np.log(plan.sigma / plan.alpha) / 4, np.float64)
 
 
 def _plain(error: Exception) -> str:

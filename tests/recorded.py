@@ -88,15 +88,21 @@ def install(monkeypatch: Any, simulated: Any) -> Recorder:
     def enqueue(self: device.CudaStep, outputs: Any) -> None:
         gradient, variance = self.launch.gradient, self.launch.variance
 
-        def launch() -> None:  # with the addresses of now: a real graph keeps the arguments of its launches
-            self.attach(gradient=gradient, variance=variance)
-            addresses = self._addresses(outputs)
-            self.step.enqueue(*addresses)
+        def put(kernel: str) -> None:
+            def launch() -> None:  # with the addresses of now: a real graph keeps the arguments of its launches
+                self.attach(gradient=gradient, variance=variance)
+                addresses = self._addresses(outputs)
+                getattr(self.step, kernel)(*addresses)
 
-        if Tape.recording is None:
-            launch()
-        else:
-            Tape.recording.calls.append((None, launch, None, None))
+            if Tape.recording is None:
+                launch()
+            else:
+                Tape.recording.calls.append((None, launch, None, None))
+
+        if self.asks:
+            put("enqueue_moments")
+            self._weigh()
+        put("enqueue")
 
     def classifier_grad(self: ClassifierGrad, logits: Any, first: int) -> Any:
         grad = torch.empty(logits.shape, dtype=logits.dtype)

@@ -12,6 +12,7 @@ from ..path import Floats
 from ..plan import Plan
 
 Scale = Any  # a number, an array [B], or a function (step, steps) -> number
+Axes = int | tuple[int, ...] | None
 Checked = Floats | Callable[[int, int], float]
 
 
@@ -91,6 +92,9 @@ class Guidance(Scheduled):
     neutral = 1.0
     branches: tuple[str, ...] = ("uncond", "cond")
     models: Mapping[str, Any] = {}  # of branches that another model is called for
+    dim: Axes = None  # of [B, C, *], over which moments are taken; None: all of a sample
+    dim_name = "dim"  # of the argument that gives them
+    slots = 0  # arrays of its own that it keeps from one evaluation to the next
     defaults: Mapping[str, str] = {}  # branches whose conditions are those of another one unless they are given
 
     def __init__(
@@ -120,6 +124,10 @@ class Guidance(Scheduled):
         """Weights [R, B, K] of the branches; one of exactly 0 drops the branch. Here those of two branches."""
         scale = self.scales(plan, batch)
         return np.stack([1.0 - scale, scale], axis=-1)
+
+    def computed(self, plan: Plan, batch: int) -> NDArray[np.bool_]:
+        """[R, B] where weights come from the outputs themselves, and all branches run, instead of from `table`."""
+        return np.zeros((plan.evaluations, batch), bool)
 
     def second(self, plan: Plan, batch: int) -> Floats | None:
         """Weights [R, B, K] of U, what the noise estimate is made of, if it is another combination than G."""

@@ -1,23 +1,70 @@
-"""Classifier-free guidance (Ho, Salimans 2022), and CFG++."""
+"""Classifier-free guidance (Ho, Salimans 2022), CFG++ and CFG-Zero*."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..checks import whole
 from ..path import Floats
 from ..plan import Plan
 from .base import Guidance, Scale
+from .moments import MomentGuidance
 
 
-class CFG(Guidance):
+class CFG(MomentGuidance):
     """G = u + scale (c - u): weights 1 - scale for the unconditional branch, scale for the conditional one.
 
     Ho, Salimans 2022, eq. 6, with scale = 1 + w. Identities: scale 1 is the conditional model, scale 0 the
     unconditional one, each called alone.
+    rescale: see `MomentGuidance`; 0 is plain guidance, whose weights need no moments.
     batched: call the model once for all branches (stacked, unconditional first), or once per branch.
     """
+
+    def guide(self, u: Any, c: Any, *, scale: Any) -> Any:
+        return self.rescaled(u + scale * (c - u), c)
+
+    def computed(self, plan: Plan, batch: int) -> NDArray[np.bool_]:
+        return super().computed(plan, batch) & (self.rescale != 0)
+
+
+class CFGZeroStar(MomentGuidance):
+    """G = a u + scale (c - a u) with a = <c, u> / (|u|^2 + 1e-8), which brings u as close to c as a factor can.
+
+    zero_init_steps: in so many of the first steps the output is 0, and the model is not called.
+    Identities: scale 1 is the conditional model alone; where c - u is orthogonal to u, a = 1 and this is CFG.
+    Source: Fan et al. 2025 (CFG-Zero*), eqs. 9 and 10, for flow matching.
+    """
+
+    def __init__(
+        self,
+        scale: Scale,
+        *,
+        zero_init_steps: int = 1,
+        rescale: float = 0.0,
+        interval: tuple[float, float] | None = None,
+        sigma_interval: tuple[float, float] | None = None,
+        space: Literal["model", "denoised", "v"] = "model",
+        batched: bool = True,
+    ) -> None:
+        intervals: dict[str, Any] = {"interval": interval, "sigma_interval": sigma_interval}
+        super().__init__(scale, rescale=rescale, **intervals, space=space, batched=batched)
+        self.zero_init_steps = whole("zero_init_steps", zero_init_steps, 0)
+
+    def guide(self, u: Any, c: Any, *, scale: Any) -> Any:
+        u = u * (c.dot(u) / (u.dot(u) + 1e-8))
+        return self.rescaled(u + scale * (c - u), c)
+
+    def computed(self, plan: Plan, batch: int) -> NDArray[np.bool_]:
+        return super().computed(plan, batch) & ~self._zero(plan)[:, None]
+
+    def table(self, plan: Plan, batch: int) -> Floats:
+        return np.where(self._zero(plan)[:, None, None], 0.0, super().table(plan, batch))
+
+    def _zero(self, plan: Plan) -> NDArray[np.bool_]:
+        return np.asarray(plan.step < self.zero_init_steps)
 
 
 class CFGPlusPlus(Guidance):

@@ -30,20 +30,20 @@ class GuidedPlan(NamedTuple):
         return GuidedPlan(plan, every, ~every, tuple(range(plan.evaluations + 1)))
 
 
-def guide(plan: Plan, form: str, acting: NDArray[np.bool_]) -> GuidedPlan:
+def guide(plan: Plan, form: str, acting: NDArray[np.bool_], bounded: bool = False) -> GuidedPlan:
     """The plan with a classifier's gradient in its rows. ValueError naming form and what the plan lacks for it.
 
-    acting: [R] the evaluations inside the guidance's intervals.
+    acting: [R] the evaluations inside the guidance's intervals. bounded: D is clipped by a bound of its own.
     """
     if form == "input":
         return _input(plan)
-    columns = _score(plan, acting) if form == "score" else _mean(plan)
+    columns = _score(plan, acting, bounded) if form == "score" else _mean(plan)
     rows = [plan.rows[0], *(row._replace(q=q.tolist()) for row, q in zip(plan.rows[1:], columns, strict=True))]
     guided = replace(plan, table=np.array([join_row(row) for row in rows]))
     return GuidedPlan.unguided(guided)._replace(classifier=(columns != 0).any(axis=1))
 
 
-def _score(plan: Plan, acting: NDArray[np.bool_]) -> Floats:
+def _score(plan: Plan, acting: NDArray[np.bool_], bounded: bool) -> Floats:
     """q [R, M]: D += (sigma^2 / alpha) g and E -= sigma g of the evaluation that a row consumes.
 
     q_r = d_r sigma^2 / alpha - (e_r / e_m) sigma, with e_m = -alpha a_g / sigma the share of the model's output in E.
@@ -55,10 +55,10 @@ def _score(plan: Plan, acting: NDArray[np.bool_]) -> Floats:
     q, faint = np.zeros((plan.evaluations, plan.slots)), list[int]()
     for i, row in enumerate(plan.rows[1:]):
         alpha, sigma, d, e = plan.alpha[i], plan.sigma[i], np.array(row.d), np.array(row.e)
-        if np.isfinite([row.clip_lo, row.clip_hi]).any() and e.any():
+        if (bounded or np.isfinite([row.clip_lo, row.clip_hi]).any()) and e.any():
             raise ValueError(
                 f"form: 'score' moves D and E together, and row {i + 1} of {plan.solver} takes D clipped and E as it "
-                "was; compile it without clip, or with use_clipped_model_output=True (ddim)"
+                "was; compile it without clip and noise_apart, or with use_clipped_model_output=True (ddim)"
             )
         if alpha == 0:  # pure noise: p(y | x) does not depend on x
             continue

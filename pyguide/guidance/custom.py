@@ -1,0 +1,124 @@
+"""A method of one's own, without a kernel: from moments to weights, or the guided tensor itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import Array
+from ..layout import MAX_VECTORS
+from ..path import Floats
+from ..plan import Plan
+from .base import Guidance, Scale
+from .program import block_of, branch_forms
+from .vectors import Form, Scalar
+
+
+class BranchMoments(Mapping[str, Form]):
+    """What a custom function sees: the branches by name, as vectors whose inner products are known.
+
+        def weights(moments):
+            u, c = moments["uncond"], moments["cond"]
+            d = c - u                                         # vectors add, subtract and take scalars
+            return u + moments.scale * d / d.norm()           # dot, norm, mean and std are arrays [B], float64
+
+    scale [B]: that of the evaluation. size: the elements N of a sample. Products of differences are as accurate as
+    those
+    of the branches: they were summed as differences.
+    """
+
+    def __init__(self, names: Sequence[str], values: Array, parameters: Mapping[str, Any]) -> None:
+        self.scale, self.size = parameters["scale"], parameters["size"]
+        self._values = values.unbind(1) if hasattr(values, "unbind") else values.T
+        self._p_x, self._p_m = parameters["p_x"], parameters["p_m"]
+        self._forms = dict(zip(names, branch_forms(len(names), self, self._p_m), strict=True))
+
+    def __getitem__(self, name: str) -> Form:
+        return self._forms[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._forms)
+
+    def __len__(self) -> int:
+        return len(self._forms)
+
+    def sum(self, i: int) -> Array:
+        return self._values[i]
+
+    def inner(self, i: int, j: int) -> Array:
+        n = len(self._forms)
+        return self._values[n + i * n - i * (i - 1) // 2 + (j - i)]
+
+    def block(self, answer: Any, state: int) -> dict[int, Scalar]:
+        """The entries of a guidance block, by place, for what a custom function returned: numbers or arrays [B]."""
+        forms = list(self._forms.values())
+        if not isinstance(answer, Form):
+            parts = answer if isinstance(answer, (list, tuple)) else [answer[:, k] for k in range(answer.shape[1])]
+            if len(parts) != len(forms):
+                raise ValueError(f"weights: expected {len(forms)}, one for each branch, got {len(parts)}")
+            first, *others = (form * part for form, part in zip(forms, parts, strict=True))
+            answer = sum(others, first)
+        return block_of(answer, (), len(forms), state, self._p_x, self._p_m)
+
+
+class CustomGuidance(Guidance):
+    """Branches, and what a function makes of them: weights, or the guided output.
+
+    branches: their names; conds has their conditions. Outside of the intervals "cond" alone is called (or the last
+        branch, if none has that name).
+    weights: moments -> the guided vector, or the weights of the branches [B, K], or one [B] or number for each of them.
+        The moments (`BranchMoments`) are computed by the kernel of the back end; the function is called once for all
+        samples, with torch tensors (numpy arrays for numpy noise) on the device of the noise, and may not wait for it
+        if cuda_graph is used.
+    guided: the escape hatch instead: (outputs, x) -> the guided output [B, C, *]. outputs has the branches' [B, C, *]
+        by name, x is the noisy state. For whatever is not a weight: masks, frequencies, quantiles.
+    scale: what `moments.scale` is; see `Guidance`.
+
+    A method that is to run without Python in its loop is a subclass of `MomentGuidance`.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[str],
+        weights: Callable[[BranchMoments], Any] | None = None,
+        *,
+        guided: Callable[[Mapping[str, Array], Array], Array] | None = None,
+        scale: Scale = 1.0,
+        interval: tuple[float, float] | None = None,
+        sigma_interval: tuple[float, float] | None = None,
+        space: Literal["model", "denoised", "v"] = "model",
+        batched: bool = True,
+    ) -> None:
+        super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space, batched=batched)
+        names = (branches,) if isinstance(branches, str) else tuple(branches)
+        if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"branches: expected different names, got {branches!r}")
+        if (weights is None) == (guided is None):
+            got = "neither" if weights is None else "both"
+            raise ValueError(f"weights: expected a function of the moments, or `guided`, got {got}")
+        given = weights if guided is None else guided
+        if not callable(given):
+            name = "weights" if guided is None else "guided"
+            raise TypeError(f"{name}: expected a function, got {type(given).__name__}")
+        if guided is not None and space != "model":
+            raise ValueError(f"space: a guided output is one of the model, got {space!r}")
+        if weights is not None and len(names) > MAX_VECTORS:
+            raise ValueError(f"branches: expected at most {MAX_VECTORS} for their moments, got {len(names)}")
+        self.branches, self.weights, self.guided = names, weights, guided
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.branches}, scale={self.scale})"
+
+    def table(self, plan: Plan, batch: int) -> Floats:
+        """The conditional branch alone, and all of them where the function decides."""
+        alone = self.branches.index("cond") if "cond" in self.branches else len(self.branches) - 1
+        table = np.zeros((plan.evaluations, batch, len(self.branches)))
+        table[..., alone] = 1.0
+        return table
+
+    def computed(self, plan: Plan, batch: int) -> NDArray[np.bool_]:
+        """[R, B] where the function decides, and all branches run."""
+        return np.broadcast_to(self.acting(plan)[:, None], (plan.evaluations, batch))
