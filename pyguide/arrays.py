@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,25 @@ def cast(array: Array, dtype: str) -> Array:
 
     target = getattr(torch, dtype)
     return array.detach().resolve_neg().to(target, memory_format=torch.contiguous_format, copy=True)
+
+
+def without_grad(like: Array) -> AbstractContextManager[Any]:
+    """Nothing that runs inside is recorded for a backward pass."""
+    return nullcontext() if isinstance(like, np.ndarray) else sys.modules["torch"].no_grad()
+
+
+def version(array: Array) -> int:
+    """How often a tensor was written to, as far as torch counts; 0 for numpy arrays and inference tensors."""
+    counted = not isinstance(array, np.ndarray) and not array.is_inference()
+    return int(array._version) if counted else 0
+
+
+def shares_memory(array: Array, other: Array) -> bool:
+    """Whether two arrays of one kind may lie in the same memory."""
+    if isinstance(array, np.ndarray):
+        return np.may_share_memory(array, other)
+    same: bool = array.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return same
 
 
 def copy_into(target: Array, source: Array) -> None:

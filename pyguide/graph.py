@@ -59,9 +59,11 @@ class CapturedLoop:
         step: Any = run.step
         settings = (run.wants_events, run.launch.check, step.supplied, run.backend, autocast(run.device))
         guided = None if run.gradient is None else run.gradient.key()
+        moments, quantile = run.launch.moments, run.launch.quantile
+        baked = (None if moments is None else moments.program, None if quantile is None else quantile[:3])
         models = run.sampler.branch_models
         weights = tuple(model.addresses() for model in models)
-        self.common = (settings, step.resident.layout, models, weights, guided)
+        self.common = (settings, step.resident.layout, models, weights, guided, baked)
         self.ready: dict[int, Graph] = {}
         self.rows = run.launch.samples["row"]  # the host's copy: all samples of a run stand at one row
 

@@ -191,9 +191,8 @@ class NativeStep:
     def _own_blocks(self, m: Moments) -> tuple[Array, Array]:
         """The parameters [B, P] of the samples' rows, and the samples' own blocks [B, width]."""
         a, width = self.launch, len(m.pattern)
-        rows, each = a.samples["row"], np.arange(len(a.samples))
-        table = m.parameters[rows, each if m.parameters.shape[1] > 1 else 0]
-        blocks = a.weights[-len(rows) * width :].reshape(len(rows), width)
+        table = m.of_rows(a.samples["row"])
+        blocks = a.weights[-len(table) * width :].reshape(len(table), width)
         return (table, blocks) if isinstance(a.state, np.ndarray) else (arrays.tensor(table), arrays.tensor(blocks))
 
     def _addresses(self, outputs: Sequence[Array | None]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import arrays
 from .arrays import Array
 from .buffers import Buffers
 from .guidance import BranchMoments, CustomGuidance, MomentGuidance
@@ -57,8 +58,7 @@ class Moments:
 
     def acts(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
         """[B] whether the samples' rows act."""
-        table = self.parameters[..., ACTING]
-        return np.asarray(table[rows, np.arange(len(rows)) if table.shape[1] > 1 else 0] != 0)
+        return np.asarray(self.of_rows(rows)[:, ACTING] != 0)
 
     def scalars(self, row: int, b: int) -> tuple[float, float, dict[str, float]]:
         """p_x, p_m and the scalars of the method's equation, for one sample at a row."""
@@ -67,6 +67,12 @@ class Moments:
         named.pop("size")
         return values[P_X], values[P_M], named
 
+    def of_rows(self, rows: NDArray[np.int32]) -> Floats:
+        """[B, P] the parameters of the rows that the samples stand at."""
+        table = self.parameters
+        found: Floats = table[rows, np.arange(len(rows)) if table.shape[1] > 1 else 0]
+        return found
+
     def weigh(self, values: Array, parameters: Array, block: Array, state: int) -> None:
         """Ask a custom function: the blocks [B, width] from the moments [B, count] and parameters [B, P]."""
         guidance: Any = self.guidance
@@ -74,9 +80,11 @@ class Moments:
         named: dict[str, Any] = {name: parameters[:, OWN + i] for i, name in enumerate(self.names)}
         named["p_x"], named["p_m"] = (0.0, 1.0) if model else (parameters[:, P_X], parameters[:, P_M])
         seen = BranchMoments(guidance.branches, values, named)
-        block[:] = 0
-        for place, value in seen.block(guidance.weights(seen), state).items():
-            block[:, place] = value
+        with arrays.without_grad(values), np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            entries = seen.block(guidance.weights(seen), state)
+            block[:] = 0
+            for place, value in entries.items():
+                block[:, place] = value
 
 
 def moments_of(
@@ -95,12 +103,13 @@ def moments_of(
         return None
     batch, K, Sg = shape[0], len(guidance.branches), guidance.slots
     S, width = plan.slots + Sg, weights.shape[2]
-    own = {"scale": guidance.scales(plan, batch)} if custom else dict(guidance.parameters(plan, batch))
     if custom:
-        program = Program(K, OWN + 2, (), (), sums=True)
-        names, constants, pattern = ("size", "scale"), (), tuple(range(K)) + (2 * K,)
+        own = {"scale": guidance.scales(plan, batch), "sigma": plan.sigma[:, None]}
+        program = Program(K, OWN + 1 + len(own), (), (), sums=True)
+        names, constants, pattern = ("size", *own), (), (*range(K), 2 * K)
     else:
-        program, names, constants, pattern = guidance.traced(tuple(own), S)
+        program, names, constants, pattern = guidance.traced(S)
+        own = _told(guidance, plan, batch)
     axes = reduced(guidance, shape)
     whole = len(axes) == len(shape) - 1
     groups = (0, 0, 0) if whole else _groups(shape, axes)
@@ -134,6 +143,20 @@ def moments_of(
         found.guided = buffers.array("guided", shape, real, like)
         found.guided_source = guided_routes(source)
     return found
+
+
+def _told(guidance: MomentGuidance, plan: Plan, batch: int) -> dict[str, Floats]:
+    """The scalars of its equation, [R, B] each; ValueError naming the one that is not."""
+    given, told = guidance.parameters(plan, batch), {}
+    for name in guidance.names:
+        values = np.asarray(given.get(name, np.nan), np.float64)
+        if values.shape not in ((), (plan.evaluations, batch)) or name not in given:
+            got = f"shape {values.shape}" if name in given else f"only {sorted(given)}"
+            raise ValueError(
+                f"parameters: {type(guidance).__name__} gives {name!r} as {got}, expected {(plan.evaluations, batch)}"
+            )
+        told[name] = values
+    return told
 
 
 def own_blocks(moments: Moments, batch: int, width: int, slots: int, K: int) -> NDArray[np.float64]:

@@ -69,8 +69,7 @@ class ReferenceStep:
             p_x, p_m, _ = m.scalars(i, b)
             branches = self._branches(b, i, outputs)
             values.append(reference.moments(a.state[0, b], branches, p_x=p_x, p_m=p_m))
-        rows, each = a.samples["row"], np.arange(len(a.samples))
-        table = m.parameters[rows, each if m.parameters.shape[1] > 1 else 0]
+        table = m.of_rows(a.samples["row"])
         blocks = np.zeros((len(a.samples), len(m.pattern)))
         found, told, own = (arrays.from_numpy(array, a.state) for array in (np.array(values), table, blocks))
         m.weigh(found, told, own, len(a.state))
@@ -104,7 +103,7 @@ class ReferenceStep:
         first = S - a.guidance_slots
         factors: dict[str, Any] = {"p_x": p_x, "p_m": p_m, "axes": m.axes}
         guidance: Any = m.guidance
-        G, kept = reference.guided(guidance.guide, slots[0], branches, slots[first:], scalars, **factors)
+        G, kept = reference.guided(guidance.equation, slots[0], branches, slots[first:], scalars, **factors)
         alone = Weights([1.0], None, [0.0] * first, [], [])
         self._bound(b, row, slots[:first], [G], alone, operands)
         done = reference.step(row, slots[:first], [G], alone, **operands)

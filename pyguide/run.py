@@ -130,12 +130,13 @@ class Run:
     def _keep_variance(self, active: NDArray[np.bool_]) -> int:
         """The branch whose learned variance the plan reads: the conditional one, which then is always called, or the
         first one if it never is."""
-        last, cfg = active.shape[2] - 1, self.sampler.cfg
+        cfg = self.sampler.cfg
+        cond = 0 if cfg is None else cfg.conditional
         if not self.plan.learned_variance:
             return 0
         # by the method and not by the batch: a scale of one's own is looked at as if others were beside it
-        never = not active[..., last].any() and not (cfg is not None and cfg.per_sample)
-        branch = int(active.any(axis=(0, 1)).argmax()) if never else last
+        never = not active[..., cond].any() and not (cfg is not None and cfg.per_sample)
+        branch = int(active.any(axis=(0, 1)).argmax()) if never else cond
         active[self.sampler.guided.model, :, branch] = True
         return branch
 
@@ -167,7 +168,8 @@ class Run:
         if given and cfg is not None:  # without any, the model tells the branches apart by their place
             for name, used in zip(self.branches, needed, strict=True):
                 if used and name not in given and len(self.branches) > 1:
-                    raise ValueError(f"{name}: {cfg!r} runs this branch and needs its conditions ({{}} if none)")
+                    where = "" if name in ("cond", "uncond") else f" in conds={{{name!r}: ...}}"
+                    raise ValueError(f"{name}: {cfg!r} runs this branch and needs its conditions{where} ({{}} if none)")
         return [given.get(name, {}) for name in self.branches]
 
     def _buffers(self, weighing: Weighing, called: NDArray[np.bool_]) -> Launch:

@@ -15,7 +15,7 @@ from .backends import Backend
 from .buffers import Spare
 from .conditions import Cond
 from .extras import require
-from .guidance import ClassifierGuidance, DynamicThresholding, Guidance
+from .guidance import ClassifierGuidance, DynamicThresholding, Guidance, MomentGuidance
 from .guidance.forms import GuidedPlan, guide
 from .layout import TIMESTEP
 from .plan import Plan
@@ -83,6 +83,8 @@ class Sampler:
         self.plan, self.guidance, self.progress = plan, guidance, progress
         self.cfg, self.guided, self.classifier = self._guided(plan, guidance)
         self._others = self._other_models(self.cfg)  # by branch
+        if isinstance(self.cfg, MomentGuidance):  # an equation that cannot be said is an error now
+            self.cfg.traced(self.guided.plan.slots + self.cfg.slots)
         self.classes = 0  # that the classifier has, once it has been called
         self.backend: Backend = backend
         self.check = check

@@ -46,7 +46,10 @@ def weigh(cfg: Guidance | None, guided: GuidedPlan, batch: int) -> Weighing:
         weights, second = np.ones((plan.evaluations, batch, 1)), None
         computed = np.zeros((plan.evaluations, batch), bool)
     else:
-        weights, second = cfg.table(plan, batch), cfg.second(plan, batch)
+        weights, second = np.asarray(cfg.table(plan, batch), np.float64), cfg.second(plan, batch)
+        expected = (plan.evaluations, batch, len(cfg.branches))
+        if weights.shape != expected:
+            raise ValueError(f"table: {type(cfg).__name__} gives weights {weights.shape}, expected {expected}")
         computed = cfg.computed(plan, batch) & called[:, None]
     if cfg is not None and cfg.space != "model":
         affine = computed | np.isclose(weights.sum(axis=-1), 1) | ~weights.any(axis=-1)

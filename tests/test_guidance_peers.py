@@ -163,7 +163,7 @@ def test_every_number_matters(name: str) -> None:
     """The control: a change of 1e-6, or of one step, is found by the limit of float64."""
     case, plan, start, peer = CASES[name], PLANS["ddim"], noise(CASES[name].shape), peer_of(name)
     numbers = {key: value for key, value in case.options.items() if isinstance(value, float)}
-    nudged = {key: value * (1 + NUDGE) if value else NUDGE for key, value in numbers.items()}
+    nudged = {key: value * (1 - NUDGE) if value else NUDGE for key, value in numbers.items()}
     if "zero_init_steps" in case.options:
         nudged["zero_init_steps"] = case.options["zero_init_steps"] + 1
     if "interval" in case.options:

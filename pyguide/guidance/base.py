@@ -12,6 +12,8 @@ from ..path import Floats
 from ..plan import Plan
 
 Scale = Any  # a number, an array [B], or a function (step, steps) -> number
+Space = Literal["model", "denoised", "v"]
+Interval = tuple[float, float] | None
 Axes = int | tuple[int, ...] | None
 Checked = Floats | Callable[[int, int], float]
 
@@ -19,7 +21,7 @@ Checked = Floats | Callable[[int, int], float]
 class Scheduled:
     """A scale, and the steps in which it acts: what classifier-free and classifier guidance share.
 
-    scale: a number, one per sample [B], or a function of (step, steps).
+    scale: a number, one per sample [B], or a function of (step, steps), which may be asked more than once.
     interval: (a, b), the method acts in the steps with a <= step / steps < b.
     sigma_interval: (low, high), the same in noise levels: low < sigma <= high for the `plan.sigma` that the step starts
         at. Published intervals (Kynkaanniemi et al. 2024) are in sigma / alpha: s is s / sqrt(1 + s^2) on a
@@ -33,16 +35,24 @@ class Scheduled:
         self,
         scale: Scale,
         *,
-        interval: tuple[float, float] | None = None,
-        sigma_interval: tuple[float, float] | None = None,
+        interval: Interval = None,
+        sigma_interval: Interval = None,
     ) -> None:
         for name, pair in (("interval", interval), ("sigma_interval", sigma_interval)):
-            if pair is not None and not (np.shape(pair) == (2,) and pair[0] <= pair[1]):
+            if pair is not None and not _ordered(pair):
                 raise ValueError(f"{name}: expected (low, high) with low <= high, got {pair!r}")
         if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"interval: expected fractions of the steps in [0, 1], got {interval!r}")
-        self.scale = checked("scale", scale)
+        self.scale = scale
         self.interval, self.sigma_interval = interval, sigma_interval
+
+    @property
+    def scale(self) -> Checked:
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: Scale) -> None:
+        self._scale = checked("scale", scale)
 
     def scales(self, plan: Plan, batch: int) -> Floats:
         """The scale of every evaluation and sample, [R, B] float64; `neutral` outside the intervals."""
@@ -52,14 +62,21 @@ class Scheduled:
         """A scale of every evaluation and sample, [R, B]; `outside` outside the intervals."""
         steps = plan.steps
         if callable(scale):
-            values = {step: _finite(name, scale(step, steps)) for step in dict.fromkeys(plan.step.tolist())}
+            try:
+                answers = {step: scale(step, steps) for step in dict.fromkeys(plan.step.tolist())}
+            except TypeError as error:
+                raise TypeError(f"{name}: a function of (step, steps) is called, and {error}") from error
+            values = {step: _finite(name, answer) for step, answer in answers.items()}
             if any(value.ndim for value in values.values()):
                 raise ValueError(f"{name}: a function of (step, steps) must return a number")
             column = np.array([float(values[step]) for step in plan.step.tolist()])
             table = np.broadcast_to(column[:, None], (plan.evaluations, batch))
         else:
             if scale.ndim and scale.shape != (batch,):
-                raise ValueError(f"{name}: expected a number or one per sample ({batch}), got shape {scale.shape}")
+                hint = "; guidance.scales.Table has one per step" if scale.shape == (steps,) else ""
+                raise ValueError(
+                    f"{name}: expected a number or one per sample ({batch}), got shape {scale.shape}{hint}"
+                )
             table = np.broadcast_to(scale, (plan.evaluations, batch))
         return np.where(self.acting(plan)[:, None], table, outside)
 
@@ -75,7 +92,8 @@ class Scheduled:
         return acting
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in self.shown)})"
+        shown = [*self.shown, *(name for name in ("interval", "sigma_interval") if getattr(self, name) is not None)]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
 
 
 class Guidance(Scheduled):
@@ -101,15 +119,20 @@ class Guidance(Scheduled):
         self,
         scale: Scale,
         *,
-        interval: tuple[float, float] | None = None,
-        sigma_interval: tuple[float, float] | None = None,
-        space: Literal["model", "denoised", "v"] = "model",
+        interval: Interval = None,
+        sigma_interval: Interval = None,
+        space: Space = "model",
         batched: bool = True,
     ) -> None:
         super().__init__(scale, interval=interval, sigma_interval=sigma_interval)
         if space not in ("model", "denoised", "v"):
             raise ValueError(f'space: expected "model", "denoised" or "v", got {space!r}')
         self.space, self.batched = space, bool(batched)
+
+    @property
+    def conditional(self) -> int:
+        """The index of the branch "cond", or of the last one if none has that name."""
+        return self.branches.index("cond") if "cond" in self.branches else len(self.branches) - 1
 
     @property
     def per_sample(self) -> bool:
@@ -140,6 +163,14 @@ def checked(name: str, scale: Scale) -> Checked:
         got = f"the module {type(scale).__name__}"
         raise TypeError(f"{name}: expected a number, one per sample, or a function (step, steps), got {got}")
     return scale if callable(scale) else _finite(name, scale)
+
+
+def _ordered(pair: Any) -> bool:
+    try:
+        low, high = pair
+        return bool(low <= high)
+    except (TypeError, ValueError):
+        return False
 
 
 def _finite(name: str, scale: Any) -> Floats:

@@ -1,21 +1,19 @@
-"""Methods whose weights are given by their scales alone: edits, compositions, weaker models, perturbed passes."""
+"""Methods whose weights are their scales: edits, compositions, weaker models, perturbed passes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ..path import Floats
 from ..plan import Plan
-from .base import Checked, Guidance, Scale, checked
-
-Space = Literal["model", "denoised", "v"]
-Interval = tuple[float, float] | None
+from .base import Checked, Guidance, Interval, Scale, Space, checked
+from .moments import ScaleGuidance
 
 
-class EditCFG(Guidance):
+class EditCFG(ScaleGuidance):
     """G = u + image_scale (i - u) + scale (t - i): an instruction t, an image i to be edited, and neither, u.
 
     Branches and conditions: uncond, image (the image without the instruction), cond (both). Scales of 1 are the fully
@@ -24,6 +22,7 @@ class EditCFG(Guidance):
     """
 
     branches = ("uncond", "image", "cond")
+    names = ("scale", "image_scale")
     shown = ("scale", "image_scale")
 
     def __init__(
@@ -31,20 +30,29 @@ class EditCFG(Guidance):
         scale: Scale,
         image_scale: Scale = 1.5,
         *,
+        rescale: float = 0.0,
         interval: Interval = None,
         sigma_interval: Interval = None,
         space: Space = "model",
         batched: bool = True,
     ) -> None:
-        super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space, batched=batched)
+        intervals: dict[str, Any] = {"interval": interval, "sigma_interval": sigma_interval}
+        super().__init__(scale, rescale=rescale, **intervals, space=space, batched=batched)
         self.image_scale = checked("image_scale", image_scale)
 
     @property
     def all_scales(self) -> tuple[Checked, ...]:
         return self.scale, self.image_scale
 
+    def guide(self, u: Any, i: Any, t: Any, *, scale: Any, image_scale: Any) -> Any:
+        return u + image_scale * (i - u) + scale * (t - i)
+
+    def parameters(self, plan: Plan, batch: int) -> Mapping[str, Floats]:
+        image = self.scheduled("image_scale", self.image_scale, plan, batch, 1.0)
+        return {"scale": self.scales(plan, batch), "image_scale": image}
+
     def table(self, plan: Plan, batch: int) -> Floats:
-        text, image = self.scales(plan, batch), self.scheduled("image_scale", self.image_scale, plan, batch, 1.0)
+        text, image = self.parameters(plan, batch).values()
         return np.stack([1.0 - image, image - text, text], axis=-1)
 
 
@@ -87,7 +95,7 @@ class Compose(Guidance):
         return f"{type(self).__name__}({self.parts})"
 
 
-class Autoguidance(Guidance):
+class Autoguidance(ScaleGuidance):
     """G = w + scale (c - w), w the output of a weaker model: smaller, or trained for less time.
 
     weak_model: anything that `models.wrap` takes; of the same dtype and time convention as the model, called with the
@@ -96,22 +104,28 @@ class Autoguidance(Guidance):
     """
 
     branches = ("weak", "cond")
+    table = Guidance.table
 
     def __init__(
         self,
         scale: Scale,
         weak_model: Any,
         *,
+        rescale: float = 0.0,
         interval: Interval = None,
         sigma_interval: Interval = None,
         space: Space = "model",
     ) -> None:
-        super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space, batched=False)
+        intervals: dict[str, Any] = {"interval": interval, "sigma_interval": sigma_interval}
+        super().__init__(scale, rescale=rescale, **intervals, space=space, batched=False)
         self.models = {"weak": weak_model}
         self.defaults = {"weak": "cond"}
 
+    def guide(self, w: Any, c: Any, *, scale: Any) -> Any:
+        return w + scale * (c - w)
 
-class PerturbedGuidance(Guidance):
+
+class PerturbedGuidance(ScaleGuidance):
     """G = u + scale (c - u) + perturbed_scale (c - p), p the output of a pass that the model itself makes worse.
 
     scale: that of classifier-free guidance; 1 leaves the unconditional branch out. perturbed_scale: of the other term.
@@ -122,6 +136,7 @@ class PerturbedGuidance(Guidance):
     """
 
     branches = ("uncond", "cond", "perturbed")
+    names = ("scale", "perturbed_scale")
     shown = ("scale", "perturbed_scale")
 
     def __init__(
@@ -129,19 +144,27 @@ class PerturbedGuidance(Guidance):
         scale: Scale,
         perturbed_scale: Scale = 3.0,
         *,
+        rescale: float = 0.0,
         interval: Interval = None,
         sigma_interval: Interval = None,
         space: Space = "model",
         batched: bool = True,
     ) -> None:
-        super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space, batched=batched)
+        intervals: dict[str, Any] = {"interval": interval, "sigma_interval": sigma_interval}
+        super().__init__(scale, rescale=rescale, **intervals, space=space, batched=batched)
         self.perturbed_scale = checked("perturbed_scale", perturbed_scale)
 
     @property
     def all_scales(self) -> tuple[Checked, ...]:
         return self.scale, self.perturbed_scale
 
-    def table(self, plan: Plan, batch: int) -> Floats:
-        scale = self.scales(plan, batch)
+    def guide(self, u: Any, c: Any, p: Any, *, scale: Any, perturbed_scale: Any) -> Any:
+        return u + scale * (c - u) + perturbed_scale * (c - p)
+
+    def parameters(self, plan: Plan, batch: int) -> Mapping[str, Floats]:
         perturbed = self.scheduled("perturbed_scale", self.perturbed_scale, plan, batch, 0.0)
+        return {"scale": self.scales(plan, batch), "perturbed_scale": perturbed}
+
+    def table(self, plan: Plan, batch: int) -> Floats:
+        scale, perturbed = self.parameters(plan, batch).values()
         return np.stack([1.0 - scale, scale + perturbed, -perturbed], axis=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from ..checks import whole
 from ..path import Floats
 from ..plan import Plan
-from .base import Guidance, Scale
-from .moments import MomentGuidance
+from .base import Guidance, Interval, Scale, Space
+from .moments import MomentGuidance, ScaleGuidance
 
 
-class CFG(MomentGuidance):
+class CFG(ScaleGuidance):
     """G = u + scale (c - u): weights 1 - scale for the unconditional branch, scale for the conditional one.
 
     Ho, Salimans 2022, eq. 6, with scale = 1 + w. Identities: scale 1 is the conditional model, scale 0 the
@@ -24,19 +24,21 @@ class CFG(MomentGuidance):
     """
 
     def guide(self, u: Any, c: Any, *, scale: Any) -> Any:
-        return self.rescaled(u + scale * (c - u), c)
+        return u + scale * (c - u)
 
-    def computed(self, plan: Plan, batch: int) -> NDArray[np.bool_]:
-        return super().computed(plan, batch) & (self.rescale != 0)
+    table = Guidance.table
 
 
 class CFGZeroStar(MomentGuidance):
     """G = a u + scale (c - a u) with a = <c, u> / (|u|^2 + 1e-8), which brings u as close to c as a factor can.
 
     zero_init_steps: in so many of the first steps the output is 0, and the model is not called.
+    For models that predict a velocity; with others give zero_init_steps=0, for an epsilon of 0 is no standstill.
     Identities: scale 1 is the conditional model alone; where c - u is orthogonal to u, a = 1 and this is CFG.
     Source: Fan et al. 2025 (CFG-Zero*), eqs. 9 and 10, for flow matching.
     """
+
+    neutral_scale = 1.0
 
     def __init__(
         self,
@@ -44,9 +46,9 @@ class CFGZeroStar(MomentGuidance):
         *,
         zero_init_steps: int = 1,
         rescale: float = 0.0,
-        interval: tuple[float, float] | None = None,
-        sigma_interval: tuple[float, float] | None = None,
-        space: Literal["model", "denoised", "v"] = "model",
+        interval: Interval = None,
+        sigma_interval: Interval = None,
+        space: Space = "model",
         batched: bool = True,
     ) -> None:
         intervals: dict[str, Any] = {"interval": interval, "sigma_interval": sigma_interval}
@@ -55,7 +57,7 @@ class CFGZeroStar(MomentGuidance):
 
     def guide(self, u: Any, c: Any, *, scale: Any) -> Any:
         u = u * (c.dot(u) / (u.dot(u) + 1e-8))
-        return self.rescaled(u + scale * (c - u), c)
+        return u + scale * (c - u)
 
     def computed(self, plan: Plan, batch: int) -> NDArray[np.bool_]:
         return super().computed(plan, batch) & ~self._zero(plan)[:, None]
@@ -81,9 +83,9 @@ class CFGPlusPlus(Guidance):
         self,
         scale: Scale,
         *,
-        interval: tuple[float, float] | None = None,
-        sigma_interval: tuple[float, float] | None = None,
-        space: Literal["model", "denoised", "v"] = "model",
+        interval: Interval = None,
+        sigma_interval: Interval = None,
+        space: Space = "model",
         batched: bool = True,
     ) -> None:
         super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space, batched=batched)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Array
+from ..arrays import Array, is_array
 from ..layout import MAX_VECTORS
 from ..path import Floats
 from ..plan import Plan
-from .base import Guidance, Scale
+from .base import Guidance, Interval, Scale, Space
 from .program import block_of, branch_forms
 from .vectors import Form, Scalar
 
@@ -25,18 +26,19 @@ class BranchMoments(Mapping[str, Form]):
             d = c - u                                         # vectors add, subtract and take scalars
             return u + moments.scale * d / d.norm()           # dot, norm, mean and std are arrays [B], float64
 
-    scale [B]: that of the evaluation. size: the elements N of a sample. Products of differences are as accurate as
-    those
-    of the branches: they were summed as differences.
+    scale, sigma [B]: those of the evaluation. size: the elements N of a sample. Products of differences are as accurate
+    as those of the branches: they were summed as differences.
     """
 
     def __init__(self, names: Sequence[str], values: Array, parameters: Mapping[str, Any]) -> None:
-        self.scale, self.size = parameters["scale"], parameters["size"]
+        self.scale, self.sigma, self.size = parameters["scale"], parameters["sigma"], parameters["size"]
         self._values = values.unbind(1) if hasattr(values, "unbind") else values.T
         self._p_x, self._p_m = parameters["p_x"], parameters["p_m"]
         self._forms = dict(zip(names, branch_forms(len(names), self, self._p_m), strict=True))
 
     def __getitem__(self, name: str) -> Form:
+        if name not in self._forms:
+            raise KeyError(f"{name!r} is no branch; expected one of {', '.join(self._forms)}")
         return self._forms[name]
 
     def __iter__(self) -> Any:
@@ -53,15 +55,42 @@ class BranchMoments(Mapping[str, Form]):
         return self._values[n + i * n - i * (i - 1) // 2 + (j - i)]
 
     def block(self, answer: Any, state: int) -> dict[int, Scalar]:
-        """The entries of a guidance block, by place, for what a custom function returned: numbers or arrays [B]."""
-        forms = list(self._forms.values())
-        if not isinstance(answer, Form):
-            parts = answer if isinstance(answer, (list, tuple)) else [answer[:, k] for k in range(answer.shape[1])]
-            if len(parts) != len(forms):
-                raise ValueError(f"weights: expected {len(forms)}, one for each branch, got {len(parts)}")
-            first, *others = (form * part for form, part in zip(forms, parts, strict=True))
-            answer = sum(others, first)
-        return block_of(answer, (), len(forms), state, self._p_x, self._p_m)
+        """The entries of a guidance block, by place, for what a custom function returned: numbers or arrays [B].
+
+        TypeError or ValueError naming weights.
+        """
+        forms, values = list(self._forms.values()), self._values
+        if isinstance(answer, Form):
+            self._check(answer.parts.values())
+            return block_of(answer, (), len(forms), state, self._p_x, self._p_m)
+        if isinstance(answer, (list, tuple)):
+            parts = list(answer)
+        elif type(answer) is type(values[0]) and answer.ndim == 2:
+            parts = [answer[:, k] for k in range(answer.shape[1])]
+        else:
+            got = f"{type(answer).__name__} {tuple(getattr(answer, 'shape', ()))}"
+            raise TypeError(f"weights: expected a vector or weights [B, K] from its function, got {got}")
+        if len(parts) != len(forms):
+            raise ValueError(f"weights: expected {len(forms)}, one for each branch, got {len(parts)}")
+        self._check(parts)
+        first, *others = (form * part for form, part in zip(forms, parts, strict=True))
+        return block_of(sum(others, first), (), len(forms), state, self._p_x, self._p_m)
+
+    def _check(self, scalars: Iterable[Any]) -> None:
+        """Numbers, or arrays like the moments: of their kind, on their device, real, [B] or of no dimension."""
+        like = self._values[0]
+        for x in scalars:
+            if isinstance(x, Real):
+                continue
+            alike = is_array(x) and isinstance(x, np.ndarray) == isinstance(like, np.ndarray)
+            if not alike or getattr(x, "device", None) != getattr(like, "device", None):
+                where = "" if isinstance(like, np.ndarray) else f" on {like.device}"
+                got = f"{type(x).__name__} on {x.device}" if hasattr(x, "device") else repr(x)
+                raise TypeError(f"weights: expected numbers or {type(like).__name__}{where}, got {got}")
+            if tuple(x.shape) not in ((), tuple(like.shape)) or "float" not in str(x.dtype):
+                raise ValueError(
+                    f"weights: expected real numbers of shape {tuple(like.shape)}, got {x.dtype} {tuple(x.shape)}"
+                )
 
 
 class CustomGuidance(Guidance):
@@ -75,7 +104,7 @@ class CustomGuidance(Guidance):
         if cuda_graph is used.
     guided: the escape hatch instead: (outputs, x) -> the guided output [B, C, *]. outputs has the branches' [B, C, *]
         by name, x is the noisy state. For whatever is not a weight: masks, frequencies, quantiles.
-    scale: what `moments.scale` is; see `Guidance`.
+    scale: what `moments.scale` is, 1 by default; see `Guidance`.
 
     A method that is to run without Python in its loop is a subclass of `MomentGuidance`.
     """
@@ -86,13 +115,20 @@ class CustomGuidance(Guidance):
         weights: Callable[[BranchMoments], Any] | None = None,
         *,
         guided: Callable[[Mapping[str, Array], Array], Array] | None = None,
-        scale: Scale = 1.0,
-        interval: tuple[float, float] | None = None,
-        sigma_interval: tuple[float, float] | None = None,
-        space: Literal["model", "denoised", "v"] = "model",
+        scale: Scale | None = None,
+        interval: Interval = None,
+        sigma_interval: Interval = None,
+        space: Space = "model",
         batched: bool = True,
     ) -> None:
+        if scale is not None and guided is not None:
+            raise ValueError(
+                "scale: is what `moments.scale` is, and `guided` sees no moments; let the function have it"
+            )
+        scale = 1.0 if scale is None else scale
         super().__init__(scale, interval=interval, sigma_interval=sigma_interval, space=space, batched=batched)
+        if callable(branches):
+            raise TypeError("branches: expected their names first, then the function")
         names = (branches,) if isinstance(branches, str) else tuple(branches)
         if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"branches: expected different names, got {branches!r}")
@@ -114,9 +150,8 @@ class CustomGuidance(Guidance):
 
     def table(self, plan: Plan, batch: int) -> Floats:
         """The conditional branch alone, and all of them where the function decides."""
-        alone = self.branches.index("cond") if "cond" in self.branches else len(self.branches) - 1
         table = np.zeros((plan.evaluations, batch, len(self.branches)))
-        table[..., alone] = 1.0
+        table[..., self.conditional] = 1.0
         return table
 
     def computed(self, plan: Plan, batch: int) -> NDArray[np.bool_]:

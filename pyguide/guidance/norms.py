@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from ..checks import number
-from .base import Axes, Scale
+from .base import Axes, Interval, Scale, Space
 from .moments import MomentGuidance, checked_dim
 from .vectors import exp, where
-
-Space = Literal["model", "denoised", "v"]
-Interval = tuple[float, float] | None
 
 
 class MagnitudeAwareCFG(MomentGuidance):
@@ -21,6 +18,8 @@ class MagnitudeAwareCFG(MomentGuidance):
     Identities: alpha 0 is CFG, scale 1 the conditional model alone.
     Source: MAMBO-G 2025 (Magnitude-aware mitigation for boosted guidance); alpha 8 is the default of diffusers.
     """
+
+    neutral_scale = 1.0
 
     shown = ("scale", "alpha")
 
@@ -41,8 +40,9 @@ class MagnitudeAwareCFG(MomentGuidance):
 
     def guide(self, u: Any, c: Any, *, scale: Any) -> Any:
         d = c - u
-        strength = 1.0 + (scale - 1.0) * exp(-self.alpha * (d.norm() / u.norm()))
-        return self.rescaled(u + strength * d, c)
+        apart = d.norm()
+        strength = 1.0 + (scale - 1.0) * exp(-self.alpha * where(apart > 0.0, apart / u.norm(), 0.0))
+        return u + strength * d
 
 
 class NormPreservingCFG(MomentGuidance):
@@ -51,9 +51,11 @@ class NormPreservingCFG(MomentGuidance):
     dim: over which dims of [B, C, *] the lengths are taken, side by side: None is the sample, -1 the last one, which
         are the channels of a token in [B, L, C] (Qwen-Image), 1 the channels of a pixel in [B, C, H, W].
     limit: instead of making it as long as c, make it at most `limit` times as long (the cfg_normalization of Z-Image).
-    Identity: scale 1 is the conditional model alone.
+    Where G is 0 it stays 0. Scale 1 is the conditional model alone, whatever the limit.
     Source: the pipelines of Qwen-Image and Z-Image.
     """
+
+    neutral_scale = 1.0
 
     shown = ("scale", "dim", "limit")
 
@@ -73,7 +75,8 @@ class NormPreservingCFG(MomentGuidance):
 
     def guide(self, u: Any, c: Any, *, scale: Any) -> Any:
         guided = u + scale * (c - u)
+        longest, length = c.norm(), guided.norm()
         if self.limit is None:
-            return guided * (c.norm() / guided.norm())
-        longest, length = self.limit * c.norm(), guided.norm()
+            return guided * where(length > 0.0, longest / length, 1.0)
+        longest = longest * self.limit
         return guided * where(longest < length, longest / length, 1.0)

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, NamedTuple
 
 from ..layout import (
@@ -27,6 +28,7 @@ from ..layout import (
 from .vectors import Form, Moments, Scalar
 
 CODE = {name: code for code, name in enumerate(OPCODES)}
+RESERVED = (*PARAMETERS, "size")  # parameters that a method cannot name
 Operation = tuple[int, int, int, int]  # code and registers a, b, c
 
 
@@ -237,6 +239,20 @@ class TracedScalar:
     def __gt__(self, other: Scalar) -> Scalar:
         return self._record("less", other, self)
 
+    def __pow__(self, power: Scalar) -> Scalar:
+        if not _is(power, 2):
+            raise TypeError(f"guide: only the power 2 of a scalar is known, got {power!r}; sqrt and exp are functions")
+        return self * self
+
+    def __abs__(self) -> Scalar:
+        return self._record("maximum", self, -self)
+
+    def _incomparable(self, other: Scalar) -> Any:
+        raise TypeError("guide: scalars of the samples compare as a < b and a > b, in where(a < b, x, y) alone")
+
+    __eq__ = __ne__ = __le__ = __ge__ = _incomparable
+    __hash__ = object.__hash__
+
     def __bool__(self) -> bool:
         raise TypeError(
             "guide: a scalar of the samples cannot decide a branch of Python; use where(a < b, x, y) of "
@@ -244,9 +260,15 @@ class TracedScalar:
         )
 
     def __float__(self) -> float:
-        raise TypeError("guide: the value of this scalar is known on the device only; use the functions of vectors.py")
+        raise TypeError(
+            "guide: the value of this scalar is known on the device only; use the functions of guidance.vectors"
+        )
 
     def _scalar_function(self, name: str, *values: Scalar) -> Scalar:
+        if any(isinstance(x, Form) for x in values):
+            raise TypeError(
+                f"guide: {name} is a function of scalars, and got a branch; multiply the branch by its result"
+            )
         if name == "where" and isinstance(values[0], (bool, int, float)):
             return values[1] if values[0] else values[2]
         return self._record({"where": "select"}.get(name, name), *values)
@@ -255,7 +277,7 @@ class TracedScalar:
         if any(isinstance(x, Form) for x in operands):
             return NotImplemented  # the form knows what a scalar does to it
         for x in operands:
-            if not isinstance(x, (TracedScalar, int, float)):
+            if not isinstance(x, (TracedScalar, Real)):
                 raise TypeError(f"guide: expected a number or a scalar of the equation, got {type(x).__name__}")
         return self.tape.record(name, *operands)
 

@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from ..checks import number
 from ..path import Floats
 from ..plan import Plan
-from .base import Axes, Checked, Scale, checked
+from .base import Axes, Checked, Guidance, Interval, Scale, Space, checked
 from .moments import MomentGuidance, checked_dim
 from .vectors import maximum, minimum, sqrt, where
-
-Space = Literal["model", "denoised", "v"]
-Interval = tuple[float, float] | None
 
 
 class APG(MomentGuidance):
@@ -31,12 +28,15 @@ class APG(MomentGuidance):
     radius, 0 is none; it has the units of the outputs in `space`. momentum: a number, negative in the paper, of the
     average a, which lives from one evaluation to the next; 0 keeps none. norm_dim: the dims of [B, C, *] over which
     norms and products are taken, side by side; None: the whole sample.
-    Identities: eta 1, norm_threshold 0 and momentum 0 are CFG; scale 1 is the conditional model alone.
+    Identities: eta 1, norm_threshold 0 and momentum 0 are CFG. Scale 1 is the conditional model alone, also where
+    base="uncond" has another limit there.
     Source: Sadat, Hilliges, Weber 2024 (Eliminating oversaturation and artifacts of high guidance scales), algorithm 1,
     which works with clean samples: space="denoised".
     """
 
-    shown = ("scale", "eta", "norm_threshold", "momentum")
+    neutral_scale = 1.0
+
+    shown = ("scale", "eta", "norm_threshold", "momentum", "dim", "base")
     dim_name = "norm_dim"
 
     def __init__(
@@ -75,7 +75,7 @@ class APG(MomentGuidance):
         along = c * (d.dot(c) / maximum(c.dot(c), 1e-24))
         change = d - along * (1.0 - self.eta)
         guided = c + (scale - 1.0) * change if self.base == "cond" else u + scale * change
-        return (self.rescaled(guided, c), *kept)
+        return (guided, *kept)
 
 
 class TangentialCFG(MomentGuidance):
@@ -89,13 +89,15 @@ class TangentialCFG(MomentGuidance):
     Source: Kwon et al. 2025 (TCFG: tangential damping classifier-free guidance).
     """
 
+    neutral_scale = 1.0
+
     def guide(self, u: Any, c: Any, *, scale: Any) -> Any:
         across, half = c.dot(u), (c - u).dot(c + u) / 2.0
         r = sqrt(half * half + across * across)
         tie = r > 0.0
         safe = where(tie, r, 1.0)
         shared = c * where(tie, across / (2.0 * safe), 0.0) + u * where(tie, 0.5 - half / (2.0 * safe), 1.0)
-        return self.rescaled(shared + scale * (c - shared), c)
+        return shared + scale * (c - shared)
 
 
 class PerpNeg(MomentGuidance):
@@ -111,6 +113,7 @@ class PerpNeg(MomentGuidance):
     """
 
     branches = ("uncond", "cond", "negative")
+    names = ("scale", "negative_scale")
     shown = ("scale", "negative_scale")
 
     def __init__(
@@ -135,7 +138,7 @@ class PerpNeg(MomentGuidance):
     def guide(self, e: Any, c: Any, n: Any, *, scale: Any, negative_scale: Any) -> Any:
         p, q = c - e, n - e
         across = q - p * (q.dot(p) / maximum(p.dot(p), 1e-24))
-        return self.rescaled(e + scale * (p - negative_scale * across), c)
+        return e + scale * (p - negative_scale * across)
 
     def parameters(self, plan: Plan, batch: int) -> Mapping[str, Floats]:
         return {"scale": self.scales(plan, batch), "negative_scale": self._negative(plan, batch)}
@@ -149,5 +152,5 @@ class PerpNeg(MomentGuidance):
         return np.asarray(self.acting(plan)[:, None] & ~plain)
 
     def table(self, plan: Plan, batch: int) -> Floats:
-        both = super().table(plan, batch)
+        both = Guidance.table(self, plan, batch)
         return np.concatenate([both, np.zeros_like(both[..., :1])], axis=-1)

@@ -36,4 +36,5 @@ class DynamicThresholding:
         self.limit = number("limit", limit, self.max, finite=False)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.guidance!r}, quantile={self.quantile}, max={self.max})"
+        limit = f", limit={self.limit}" if self.limit < math.inf else ""
+        return f"{type(self).__name__}({self.guidance!r}, quantile={self.quantile}, max={self.max}{limit})"

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..arrays import Array
 
-Scalar = Any  # a number, an array of them (one per sample or group), or program.Traced
+Scalar = Any  # a number, an array of them (one per sample or group), or program.TracedScalar
 V = TypeVar("V", bound="Vector")
 
 
@@ -216,14 +216,15 @@ def _apply(name: str, *values: Scalar) -> Scalar:
         own = getattr(value, "_scalar_function", None)
         if own is not None:  # a traced value
             return own(name, *values)
-    like = next((value for value in values if hasattr(value, "new_empty")), None)
-    if like is None:
+    if name == "where" and isinstance(values[0], bool):
+        return values[1] if values[0] else values[2]
+    tensors = [value for value in values if hasattr(value, "new_full")]
+    if not tensors:
         with np.errstate(invalid="ignore", divide="ignore"):
             return getattr(np, name)(*values)
-    limit = next((value for value in values if isinstance(value, (int, float))), None)
-    if limit is not None and name in ("minimum", "maximum"):
-        return like.clamp(max=limit) if name == "minimum" else like.clamp(min=limit)
-    torch = sys.modules["torch"]
-    real = next((v.dtype for v in values if hasattr(v, "new_empty") and v.is_floating_point()), like.dtype)
-    given = [v if hasattr(v, "new_empty") else torch.as_tensor(v, dtype=real, device=like.device) for v in values]
-    return getattr(torch, name)(*given)
+    if name in ("minimum", "maximum") and len(tensors) == 1:  # no copy of a number to the device
+        limit = values[0] if values[1] is tensors[0] else values[1]
+        return tensors[0].clamp(max=limit) if name == "minimum" else tensors[0].clamp(min=limit)
+    if name == "where" and len(tensors) == 1:  # two numbers would be float32
+        values = (values[0], tensors[0].new_full((), values[1], dtype=sys.modules["torch"].float64), values[2])
+    return getattr(sys.modules["torch"], name)(*values)
