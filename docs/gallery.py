@@ -23,6 +23,7 @@ import pyguide
 from pyguide import guidance
 from pyguide.bench import digits
 from pyguide.bench.digits import judge, train
+from pyguide.guidance import vectors
 
 HERE = Path(__file__).parent
 PAGE, PICTURE = HERE / "guidance.md", HERE / "gallery.png"
@@ -69,7 +70,7 @@ def near(moments: guidance.BranchMoments) -> Any:
     """CFG that goes no further from the conditional output than 0.3 of its length."""
     u, c = moments["uncond"], moments["cond"]
     change = (moments.scale - 1.0) * (c - u)
-    return c + change * guidance.vectors.minimum(1.0, 0.3 * c.norm() / change.norm())
+    return c + change * vectors.minimum(1.0, 0.3 * c.norm() / vectors.maximum(change.norm(), 1e-12))
 
 
 def by_frequency(outputs: Mapping[str, Any], x: Any) -> Any:
@@ -166,6 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/gallery.png and the table in docs/guidance.md.")
     parser.add_argument("names", nargs="*", metavar="name", help="rows to print (default: all, and write them)")
     names = parser.parse_args().names
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        parser.error(f"no row {unknown[0]!r}; the rows are {', '.join(METHODS)}")
     torch.set_num_threads(1)  # layers this small run slower on more
     measured, pictures = list[dict[str, Any]](), list[Any]()
     for row, images in rows(names or tuple(METHODS)):
