@@ -1,6 +1,6 @@
 // The guided output and the method's own slots by groups, of one sample on a CPU; included by cpu.cpp once per
-// instruction set. See moments.h. A coefficient of a group that is exactly 0 is not read, as in the step; a slot all of
-// whose coefficients are 0 in a group stays there as it is.
+// instruction set. See moments.h. A coefficient of a group that is exactly 0 is not read, as in the step; a slot that
+// no group of a tile changes stays as it is.
 #pragma once
 #include "moments_cpu.h"
 

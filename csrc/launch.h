@@ -290,16 +290,17 @@ struct Launch {
     }
     if (before.weighs && !before.placed) throw std::runtime_error("moments: place_moments() was not called");
     const bool weigh = before.weighs && (before.own || work == Work::MOMENTS);
-    const MomentsArgs* moments = before.on_device();
+    const MomentsArgs moments = before.on_device();
     Placement there = placement;
     if (before.thresholds) there.bound = before.quantile.bound;
     StepArgs a = args;
     if (before.by_groups() && !weigh) {  // the guided output is there already
-      a = step_of_guided(args, *moments);
-      there.source = moments->guided_source;
+      a = step_of_guided(args, moments);
+      there.source = moments.guided_source;
     }
     const bool step = work == Work::ROW;
-    cuda_step(a, there, false, weigh ? moments : nullptr, step && before.thresholds ? &before.quantile : nullptr, step);
+    cuda_step(a, there, false, weigh ? &moments : nullptr, step && before.thresholds ? &before.quantile : nullptr,
+              step);
   }
   void finish(Work work) {
     const bool refresh = work == Work::REFRESH;

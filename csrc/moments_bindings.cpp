@@ -13,10 +13,16 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A run in another thread reads what these set.
+void need_idle(const Step& s) {
+  if (!s.idle()) throw py::error_already_set();
+}
+
 void set_moments(Step& s, const py::bytes& program, uintptr_t parameters, int64_t row_stride, int64_t sample_stride,
                  int64_t plain, int64_t plain_row_stride, int64_t plain_sample_stride, uintptr_t pattern,
                  uintptr_t partial, uintptr_t moments, int64_t outer, int64_t reduce, int64_t inner, uintptr_t guided,
                  uintptr_t guided_source) {
+  need_idle(s);
   const std::string bytes = program;
   BeforeStep before = s.before;
   before.weighs = before.placed = false;
@@ -52,6 +58,7 @@ void set_moments(Step& s, const py::bytes& program, uintptr_t parameters, int64_
 
 void place_moments(Step& s, uintptr_t parameters, uintptr_t partial, uintptr_t moments, uintptr_t guided,
                    uintptr_t guided_source) {
+  need_idle(s);
   if (!s.before.weighs) throw py::value_error("place_moments: set_moments() was not called");
   if (s.args.batch > 0) {
     if (!parameters) throw py::value_error("parameters: no address");
@@ -69,6 +76,7 @@ void place_moments(Step& s, uintptr_t parameters, uintptr_t partial, uintptr_t m
 }
 
 void set_quantile(Step& s, double quantile, double least, double limit, uintptr_t bound) {
+  need_idle(s);
   const bool wanted = !(quantile < 0);
   if (wanted) {
     if (!(quantile <= 1)) throw py::value_error("quantile: got " + std::to_string(quantile) + ", expected 0 to 1");
@@ -99,17 +107,29 @@ void bind_moments(py::class_<Step>& c) {
       "copy of the block at plain + row * plain_row_stride + b * plain_sample_stride of the weights. pattern: one "
       "block with non-zeros where the program may write, for the checks. partial: float64 [batch][chunks][moments] of "
       "scratch; moments: None or float64 [batch][moments], where they are kept. reduce > 0: by groups, to guided "
-      "[batch][N] of state_type, which the step reads at guided_source as its only branch. Host addresses, also for a "
-      "Step on a GPU. An empty program removes it");
+      "[batch][N] of state_type, which the step reads at guided_source as its only branch. For a Step on a GPU too the "
+      "checks read parameters, pattern and guided_source on the host. An empty program removes it");
   c.def("place_moments", place_moments, py::arg("parameters"), py::arg("partial"), py::arg("moments") = 0,
         py::arg("guided") = 0, py::arg("guided_source") = 0, "The addresses on the GPU of what set_moments() names");
-  c.def("clear_moments", [](Step& s) { s.before.weighs = s.before.placed = false; }, "No moments from now on");
+  c.def(
+      "clear_moments",
+      [](Step& s) {
+        need_idle(s);
+        s.before.weighs = s.before.placed = false;
+      },
+      "No moments from now on");
   c.def("set_quantile", set_quantile, py::arg("quantile"), py::arg("least"), py::arg("limit"), py::arg("bound"),
         "Each launch first writes min(max(quantile of |D|, least), limit) of every sample to bound [batch] of "
         "state_type, where the step reads it. On a GPU an address there. A negative quantile removes it");
   c.def_property(
-      "own", [](const Step& s) { return s.before.own; }, [](Step& s, bool value) { s.before.own = value; },
-      "run() and enqueue() compute the moments; if not, only moments() does");
+      "own", [](const Step& s) { return s.before.own; },
+      [](Step& s, bool value) {
+        need_idle(s);
+        s.before.own = value;
+      },
+      "run() and enqueue() compute the moments; if not, only moments() does. With both, slots of a method by groups "
+      "would "
+      "advance twice");
 }
 
 }  // namespace pyguide

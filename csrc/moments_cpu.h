@@ -266,6 +266,7 @@ struct MomentsOf {
   }
   // Those of `n` groups from `group` on, which have one place in `outer` if inner > 1, to `to` [count][GROUPS].
   void groups(int64_t group, int64_t n, double* to) {
+    memset(to, 0, size_t(count * GROUPS) * sizeof(double));  // also of groups that a short tile lacks
     if (m.inner == 1) {
       for (int64_t g = 0; g < n; ++g) {
         for (int64_t i = 0; i < m.reduce; i += CHUNK) {
@@ -274,7 +275,6 @@ struct MomentsOf {
       }
       return;
     }
-    memset(to, 0, size_t(count * GROUPS) * sizeof(double));
     const int64_t e = group / m.inner * m.reduce * m.inner + group % m.inner, width = padded_to_lanes(n);
     if (direct && width == n) {
       from.point(reads, e);

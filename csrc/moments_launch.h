@@ -15,7 +15,7 @@ struct BeforeStep {
   bool weighs = false, thresholds = false;  // moments are set; a quantile is
   bool own = true;                          // run() computes the moments, not only moments()
   bool placed = false;                      // `device` has addresses
-  MomentsArgs host{}, device{};             // the latter as the host's, but for what place_moments gives
+  MomentsArgs host{}, device{};             // the latter: what place_moments gives
   const void* pattern = nullptr;            // a weights block with non-zeros where the program may write
   QuantileArgs quantile{};
 
@@ -97,15 +97,14 @@ struct BeforeStep {
   }
 
   // What a device reads: the host's arguments with addresses there.
-  const MomentsArgs* on_device() {
+  MomentsArgs on_device() const {
     MomentsArgs d = host;
     d.parameters = device.parameters;
     d.partial = device.partial;
     d.moments = device.moments;
     d.guided = device.guided;
     d.guided_source = device.guided_source;
-    device = d;
-    return &device;
+    return d;
   }
 };
 

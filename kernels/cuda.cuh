@@ -16,7 +16,7 @@ namespace pyguide {
 void launch_moments(const StepArgs& on_device, const MomentsArgs& m, void* stream, bool dependent);
 void launch_moments_step(const StepArgs& on_device, const MomentsArgs& m, const Geometry& g, const FusedGeometry& f,
                          void* stream, bool dependent);
-void launch_quantile(const StepArgs& on_device, const QuantileArgs& q, const void* guided, void* stream);
+void launch_quantile(const StepArgs& on_device, const QuantileArgs& q, void* stream, bool dependent);
 
 namespace {
 
@@ -144,6 +144,9 @@ struct Guard {
 // One launch of `kernel`: its error names cudaLaunchKernelExC.
 void launch(const void* kernel, int64_t blocks, int threads, int64_t shared, void* stream, bool dependent,
             void** arguments) {
+  if (blocks > INT32_MAX) {
+    throw std::invalid_argument("batch: needs " + std::to_string(blocks) + " blocks, more than a launch has");
+  }
   if (shared > STAGED_BYTES) {
     PG_CUDA(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   }

@@ -164,28 +164,26 @@ struct MomentsBlock {
   PG_DEVICE void finish() const {
     const WeightsProgram& p = m.program;
     const double* parameters = parameters_of(m, b, thread.load(&a.samples[b].row));
-    for (int i = thread.index(); i < p.parameters; i += MOMENT_LANES) {
-      shared.registers[count + i] = thread.load(parameters + i);
-    }
+    const int i = thread.index();  // of parameters, places and results, which are fewer than threads
+    if (i < p.parameters) shared.registers[count + i] = thread.load(parameters + i);
     thread.sync();
-    if (m.moments && thread.index() < count) {
-      thread.store(m.moments + int64_t(b) * count + thread.index(), shared.registers[thread.index()]);
-    }
+    if (m.moments && i < count) thread.store(m.moments + int64_t(b) * count + i, shared.registers[i]);
     if (p.results == 0) return;
     if (thread.index() == 0) run_program(p, shared.registers);
     T* block = weights_of(thread.load(&a.samples[b].weights));
-    for (int64_t i = thread.index(); i < width(); i += MOMENT_LANES) thread.store(block + i, T(0));
+    if (i < width()) thread.store(block + i, T(0));
     thread.sync();
-    for (int i = thread.index(); i < p.results; i += MOMENT_LANES) {
-      thread.store(block + p.result[i].place, T(shared.registers[p.result[i].from]));
-    }
+    if (i < p.results) thread.store(block + p.result[i].place, T(shared.registers[p.result[i].from]));
   }
+  static_assert(weights_width(MAX_VECTORS, MAX_SLOTS, MAX_VECTORS) <= MOMENT_LANES && MAX_RESULTS <= MOMENT_LANES &&
+                MAX_PARAMETERS <= MOMENT_LANES && MAX_MOMENTS <= MOMENT_LANES);
   PG_DEVICE int64_t width() const { return weights_width(a.branches, a.slots, a.guidance_slots); }
   PG_DEVICE T* weights_of(int64_t offset) const { return static_cast<T*>(const_cast<void*>(a.weights)) + offset; }
   PG_DEVICE void copy_plain(const Sample& sample) const {
     const T* from = static_cast<const T*>(a.weights) + plain_block(m, b, sample.row);
     T* to = weights_of(sample.weights);
-    for (int64_t i = thread.index(); i < width(); i += MOMENT_LANES) thread.store(to + i, thread.load(from + i));
+    const int i = thread.index();
+    if (i < width()) thread.store(to + i, thread.load(from + i));
   }
 
   // Chunks `chunk` .. `chunk` + `mine` of the sample's `chunks`.

@@ -21,22 +21,24 @@ namespace pyguide {
 
 template <class T>
 __global__ void __launch_bounds__(QUANTILE_THREADS, 1)
-    quantile(const __grid_constant__ StepArgs args, const __grid_constant__ QuantileArgs q, const void* guided,
-             int64_t capacity) {
+    quantile(const __grid_constant__ StepArgs args, const __grid_constant__ QuantileArgs q, int64_t capacity) {
   extern __shared__ __align__(16) char shared[];
-  quantile_sample<T>(CudaThread(), args, q, guided, capacity, shared);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  quantile_sample<T>(CudaThread(), args, q, capacity, shared);
 }
 
-void launch_quantile(const StepArgs& on_device, const QuantileArgs& q, const void* guided, void* stream) {
+void launch_quantile(const StepArgs& on_device, const QuantileArgs& q, void* stream, bool dependent) {
   if (on_device.batch == 0) return;
   const bool wide = on_device.state_type == F64;
   const int64_t N = on_device.channels * on_device.inner;
   const void* kernel = reinterpret_cast<const void*>(wide ? &quantile<double> : &quantile<float>);
   QuantileGeometry g = wide ? quantile_geometry<double>(N) : quantile_geometry<float>(N);
-  StepArgs a = quantile_args(on_device, guided);
+  StepArgs a = quantile_args(on_device);
   QuantileArgs to = q;
-  void* arguments[] = {&a, &to, &guided, &g.capacity};
-  launch(kernel, a.batch, g.threads, g.shared, stream, false, arguments);
+  void* arguments[] = {&a, &to, &g.capacity};
+  launch(kernel, a.batch, g.threads, g.shared, stream, dependent, arguments);
 }
 
 }  // namespace pyguide

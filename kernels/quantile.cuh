@@ -57,13 +57,9 @@ QuantileGeometry quantile_geometry(int64_t elements) {
   g.shared *= int64_t(sizeof(T));
   return g;
 }
-// What the kernel takes: no bound is read, and with `guided` no output.
-inline StepArgs quantile_args(StepArgs a, const void* guided) {
+// What the kernel takes: the step's own arguments, but no bound is read.
+inline StepArgs quantile_args(StepArgs a) {
   a.bound = nullptr;
-  if (guided) {
-    a.branches = 0;
-    a.source = a.target = nullptr;
-  }
   return a;
 }
 
@@ -96,8 +92,6 @@ struct QuantileBlock {
   const int64_t capacity, N = a.channels * a.inner;
   Needs needs;
   uint32_t bulk;  // operands to be read 16 bytes at a time: bit k is output k's, bit 16 + c slot c's
-  bool from_guided;
-  View guided;
   // The select: keys whose bits from `shift` on are `prefix` are left, `left` of them; it counts the `width` bits
   // below.
   Bits prefix = 0, above = ~Bits(0);  // above: the least key beyond those that are left, of those the thread saw
@@ -105,15 +99,8 @@ struct QuantileBlock {
   uint32_t left = uint32_t(N), stored = 0;  // stored: keys in `kept`, among them all that are left
 
   PG_DEVICE QuantileBlock(const THREAD& thread, const StepArgs& a, QuantileShared<T>& shared, Bits* kept,
-                          int64_t capacity, const void* guided_output)
-      : thread(thread),
-        a(a),
-        shared(shared),
-        kept(kept),
-        capacity(capacity),
-        needs(shared.control.program.needs),
-        from_guided(guided_output),
-        guided(Operand{const_cast<void*>(guided_output), N, a.inner, 1}, a.state_type, thread.block(), a) {
+                          int64_t capacity)
+      : thread(thread), a(a), shared(shared), kept(kept), capacity(capacity), needs(shared.control.program.needs) {
     const int lane = thread.index() % WARP;
     const View& view = lane < MAX_BRANCHES ? shared.control.output(lane) : shared.control.slot(lane - MAX_BRANCHES);
     const bool there = lane < MAX_BRANCHES ? lane < a.branches : lane - MAX_BRANCHES < a.slots;
@@ -152,10 +139,7 @@ struct QuantileBlock {
     const Program<T>& p = shared.control.program;
     const Slots s{*this, e};
     V G = V::set(T(0));
-    if (needs.reads_g()) {
-      G = from_guided ? load(guided, a.state_type, in_bulk(guided), e)
-                      : guided_output<0, 0, false, V>(p, needs, Outputs{*this, e}, s);
-    }
+    if (needs.reads_g()) G = guided_output<0, 0, false, V>(p, needs, Outputs{*this, e}, s);
     return unclipped(p, needs, s, G);
   }
 
@@ -260,11 +244,10 @@ struct QuantileBlock {
 
 }  // namespace
 
-// Sample `thread.block()`. `guided`: G [batch][N] in the state's type, or null: from the sample's weights. `area`: of
-// QuantileGeometry::shared bytes, aligned to 16.
+// Sample `thread.block()`. `area`: of QuantileGeometry::shared bytes, aligned to 16.
 template <class T, class THREAD>
-PG_DEVICE void quantile_sample(const THREAD& thread, const StepArgs& a, const QuantileArgs& q, const void* guided,
-                               int64_t capacity, char* area) {
+PG_DEVICE void quantile_sample(const THREAD& thread, const StepArgs& a, const QuantileArgs& q, int64_t capacity,
+                               char* area) {
   QuantileShared<T>& shared = *reinterpret_cast<QuantileShared<T>*>(area);
   typedef typename Key<T>::Bits Bits;
   static_assert(sizeof(QuantileShared<T>) % sizeof(Bits) == 0, "the keys follow");
@@ -275,7 +258,7 @@ PG_DEVICE void quantile_sample(const THREAD& thread, const StepArgs& a, const Qu
     Bits* const kept = reinterpret_cast<Bits*>(area + sizeof(QuantileShared<T>));
     const Position at(q.quantile, a.channels * a.inner);
     T low, high;
-    QuantileBlock<T, THREAD> block(thread, a, shared, kept, capacity, guided);
+    QuantileBlock<T, THREAD> block(thread, a, shared, kept, capacity);
     bound = block.select(uint32_t(at.index), low, high) ? bound_of(q, low, high, at.fraction) : T(NAN);
   }
   if (thread.index() == 0) thread.store(static_cast<T*>(q.bound) + thread.block(), bound);

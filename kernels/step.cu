@@ -142,21 +142,19 @@ void cuda_step(const StepArgs& args, const Placement& placement, bool refresh, c
   Geometry g = geometry_of(a, processors);
   const void* kernel = kernel_of(a, g);
   const bool dependent = placement.dependent_launch && waits(kernel, placement.device);
-  const void* guided = nullptr;
   if (moments && !refresh) {
     const FusedGeometry f = fused_of(a, *moments, g);
     if (f.fits && step && !quantile) return launch_moments_step(a, *moments, g, f, placement.stream, dependent);
     launch_moments(a, *moments, placement.stream, dependent);
     if (moments->reduce > 0) {
       a = step_of_guided(a, *moments);
-      guided = moments->guided;
       g = geometry_of(a, processors);
       kernel = kernel_of(a, g);
     }
   }
   if (!step) return;
   if (quantile && !refresh) {
-    launch_quantile(a, *quantile, guided, placement.stream);
+    launch_quantile(a, *quantile, placement.stream, dependent);
     a.bound = quantile->bound;
   }
   void *dense[] = {&a, &g.parts, &refresh}, *staged[] = {&a, &g.columns, &g.parts, &refresh};

@@ -36,7 +36,7 @@ class Moments:
     parameters: Floats  # [R + 1, B or 1, P]
     pattern: NDArray[Any]  # [width] a block that is not 0 where a computed one may not be
     plain_sample_stride: int  # from the host's blocks of one sample to those of the next, 0: all have the same
-    partial: Array  # [B, chunks, count] float64: scratch
+    partial: Array | None  # [B, chunks, count] float64: scratch; none where a sample has groups
     moments: Array | None  # [B, count] float64: of the samples that act, for a function of them
     axes: tuple[int, ...] = ()  # of [C, *], over which moments are taken
     groups: tuple[int, int, int] = (0, 0, 0)  # outer, reduce, inner of a sample; no reduce: one group
@@ -134,7 +134,7 @@ def moments_of(
         parameters=np.ascontiguousarray(table[:, :1] if shared else table),
         pattern=written,
         plain_sample_stride=0 if weights.shape[0] == 1 else weights[0].size,
-        partial=buffers.array("partial moments", (batch, chunks, count), "float64", like),
+        partial=buffers.array("partial moments", (batch, chunks, count), "float64", like) if whole else None,
         moments=buffers.array("moments", (batch, count), "float64", like) if custom else None,
         axes=tuple(axis - 1 for axis in axes),
         groups=groups,

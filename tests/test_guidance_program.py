@@ -155,3 +155,12 @@ def test_scalar_functions_of_numbers_and_tensors() -> None:
         assert np.isnan(float(minimum(make(float("nan")), 1.0)))
     assert vectors.is_zero(0.0)
     assert not vectors.is_zero(torch.tensor(0.0))
+
+
+def test_a_program_does_not_depend_on_its_numbers() -> None:
+    """So that a sweep over an option compiles nothing again: also where two numbers happen to be equal."""
+    from pyguide import APG, CFG
+
+    made = {APG(4.0, eta=eta, norm_threshold=r).traced(2).program for eta in (0.1, 0.25, 0.5, 0.75) for r in (0.5, 2.0)}
+    assert len(made) == 1
+    assert len({CFG(4.0, rescale=phi).traced(1).program for phi in (0.1, 0.3, 0.5, 0.7)}) == 1

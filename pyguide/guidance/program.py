@@ -160,30 +160,33 @@ class Tape:
         """What is needed for the entries of a block; all else is left out."""
         needed: set[int] = set()
         moments: set[int] = set()
-        constants: dict[float, int] = {}
         waiting = list(block.values())
         while waiting:
             x = waiting.pop()
             if not isinstance(x, TracedScalar):
-                constants.setdefault(float(x), len(constants))
-            elif x.kind == "moment":
+                continue
+            if x.kind == "moment":
                 moments.add(x.index)
             elif x.kind == "operation" and x.index not in needed:
                 needed.add(x.index)
                 waiting += self.entries[x.index][1]
+        used = [self.entries[index] for index in sorted(needed)]
+        # every number where it stands has a register of its own: programs do not depend on which of them are equal
+        constants = [float(x) for _, operands in used for x in operands if not isinstance(x, TracedScalar)]
+        constants += [float(x) for _, x in sorted(block.items()) if not isinstance(x, TracedScalar)]
         count, fixed = moments_count(self.vectors), len(PARAMETERS) + len(self.names)
-        order = {index: place for place, index in enumerate(sorted(needed))}
         first = count + fixed + len(constants)
+        starts = {"moment": 0, "parameter": count}
+        order = {index: first + place for place, index in enumerate(sorted(needed))}
+        numbers = iter(range(count + fixed, first))
 
         def register(x: Scalar) -> int:
             if not isinstance(x, TracedScalar):
-                return count + fixed + constants[float(x)]
-            starts = {"moment": 0, "parameter": count}
-            return first + order[x.index] if x.kind == "operation" else starts[x.kind] + x.index
+                return next(numbers)
+            return order[x.index] if x.kind == "operation" else starts[x.kind] + x.index
 
         operations: list[Operation] = []
-        for index in sorted(needed):
-            name, operands = self.entries[index]
+        for name, operands in used:
             registers = [register(x) for x in operands]
             a, b, c = registers + [0] * (3 - len(registers))
             operations.append((CODE[name], a, b, c))

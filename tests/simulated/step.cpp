@@ -169,15 +169,14 @@ void staged(Simulator& s, const StepArgs& a, const Geometry& g, bool refresh) {
 }
 
 template <class T>
-void quantile_of(Simulator& s, const StepArgs& a, const QuantileArgs& q, const void* guided) {
+void quantile_of(Simulator& s, const StepArgs& a, const QuantileArgs& q) {
   const QuantileGeometry g = quantile_geometry<T>(a.channels * a.inner);
-  s.launch(a.batch, g.threads, g.shared, [&](const HostThread& thread, char* shared) {
-    quantile_sample<T>(thread, a, q, guided, g.capacity, shared);
-  });
+  s.launch(a.batch, g.threads, g.shared,
+           [&](const HostThread& thread, char* shared) { quantile_sample<T>(thread, a, q, g.capacity, shared); });
 }
-void launch_quantile(Simulator& s, const StepArgs& on_device, const QuantileArgs& q, const void* guided) {
-  const StepArgs a = quantile_args(on_device, guided);
-  a.state_type == F64 ? quantile_of<double>(s, a, q, guided) : quantile_of<float>(s, a, q, guided);
+void launch_quantile(Simulator& s, const StepArgs& on_device, const QuantileArgs& q) {
+  const StepArgs a = quantile_args(on_device);
+  a.state_type == F64 ? quantile_of<double>(s, a, q) : quantile_of<float>(s, a, q);
 }
 
 template <class T, int N>
@@ -249,20 +248,18 @@ void cuda_step(const StepArgs& args, const Placement& placement, bool refresh, c
   const std::lock_guard<std::mutex> lock(s.mutex);
   StepArgs a = on_device(args, placement);
   Geometry g = geometry_of(a, s.device());
-  const void* guided = nullptr;
   if (moments && !refresh) {
     const FusedGeometry f = fused_of(a, *moments, g);
     if (f.fits && step && !quantile && !s.separate) return moments_step(s, a, *moments, g, f);
     launch_moments(s, a, *moments);
     if (moments->reduce > 0) {
       a = step_of_guided(a, *moments);
-      guided = moments->guided;
       g = geometry_of(a, s.device());
     }
   }
   if (!step) return;
   if (quantile && !refresh) {
-    launch_quantile(s, a, *quantile, guided);
+    launch_quantile(s, a, *quantile);
     a.bound = quantile->bound;
   }
   if (g.dense_slots == 1) return dense<1>(s, a, g, refresh);
