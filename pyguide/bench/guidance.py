@@ -68,7 +68,8 @@ def check_equal(found: dict[str, Contender], work: Workload) -> dict[str, float]
     """Relative difference (rms) of each contender's samples from pyguide's; Mismatch if one computes something else.
 
     A singular value decomposition in float32 sums N terms one after another, which is off by sqrt(N) roundings, before
-    the guidance scale: diffusers' tangential guidance at N = 262,144 by 3e-5, where pyguide is off by 2e-7.
+    the guidance scale: diffusers' tangential guidance at N = 262,144 by 3e-5, where pyguide is off by 2e-7. So do the
+    loops that torch.compile makes of sums, lane by lane.
     """
     results = {name: one.run(network, work.noise).double() for name, one in found.items()}
     ours = results[SAMPLER]
@@ -77,7 +78,7 @@ def check_equal(found: dict[str, Contender], work: Workload) -> dict[str, float]
     differences = {name: float((theirs - ours).norm() / ours.norm()) for name, theirs in results.items()}
     for name, difference in differences.items():
         limit = TOLERANCE["float32"]
-        if name == STOCK and work.method.decomposes:
+        if name.startswith(COMPILE) or (name == STOCK and work.method.decomposes):
             limit = max(limit, SCALE * (work.elements / len(work.noise)) ** 0.5 * 2**-24)
         if not difference <= limit:
             raise Mismatch(f"{name} and pyguide compute different samples, {difference:.1e} apart")
