@@ -55,7 +55,7 @@ def coefficients(method: Any, values: Any, size: int, p_m: float, scale: float) 
     slots = [Form({K + j: 1.0}, known) for j in range(method.slots)]
     extra = {"negative_scale": 1.5} if K == 3 else {}
     with np.errstate(all="ignore"):
-        answer = method.guide(*branch_forms(K, known, p_m), *slots, scale=scale, **extra)
+        answer = method.equation(*branch_forms(K, known, p_m), *slots, scale=scale, **extra)
     guided = answer[0] if isinstance(answer, tuple) else answer
     return np.stack([np.broadcast_to(guided.parts.get(k, 0.0), values.shape[:-1]) for k in range(K)])
 
