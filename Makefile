@@ -16,6 +16,8 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp kernels/*.h kernels/*.cuh kernels/*.cu
 CXX_FILES := $(SOURCES) $(wildcard tests/simulated/*.h tests/simulated/*.cpp)
 NATIVE := setup.py pyproject.toml $(SOURCES)
 
+WORKERS := -n auto --dist worksteal
+
 .PHONY: bench test slow lint format clean help
 help:
 	@sed -n 1p Makefile
@@ -24,10 +26,10 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pyguide.bench $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS) $(ARGS)
 
 slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(WORKERS) $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
