@@ -331,7 +331,7 @@ def test_a_guided_output_by_groups_has_the_bound_of_its_weights(isa: str, state:
 
 def test_instruction_sets_agree() -> None:
     if len(fused := ISAS[1:]) < 2:
-        pytest.skip("one instruction set with a fused multiply-add")
+        pytest.skip("this machine lacks a second instruction set with a fused multiply-add")
     found = set()
     for name in fused:
         C.set_isa(name)
