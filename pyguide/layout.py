@@ -87,6 +87,11 @@ def moments_count(vectors: int) -> int:
     return vectors * (vectors + 3) // 2
 
 
+def gram_index(vectors: int, i: int, j: int) -> int:
+    """Where the moment <y_i, y_j>, i <= j, stands."""
+    return vectors + i * vectors - i * (i - 1) // 2 + (j - i)
+
+
 def join_row(row: Row) -> NDArray[np.float64]:
     head = [row.a_x, row.a_g, row.clip_lo, row.clip_hi, row.c_in, row.timestep, row.var_lo, row.var_hi]
     return np.array([*head, *np.ravel(row.T), *row.d, *row.e, *row.n, *row.q], np.float64)

@@ -134,6 +134,12 @@ class Guidance(Scheduled):
         """The index of the branch "cond", or of the last one if none has that name."""
         return self.branches.index("cond") if "cond" in self.branches else len(self.branches) - 1
 
+    def conditional_alone(self, plan: Plan, batch: int) -> Floats:
+        """Weights [R, B, K] of that branch and no other."""
+        table = np.zeros((plan.evaluations, batch, len(self.branches)))
+        table[..., self.conditional] = 1.0
+        return table
+
     @property
     def per_sample(self) -> bool:
         """Whether its scales are those of samples, and not the same for all of a batch."""

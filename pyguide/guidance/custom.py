@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import Array, is_array
-from ..layout import MAX_VECTORS
+from ..layout import MAX_VECTORS, gram_index
 from ..path import Floats
 from ..plan import Plan
 from .base import Guidance, Interval, Scale, Space
@@ -51,8 +51,7 @@ class BranchMoments(Mapping[str, Form]):
         return self._values[i]
 
     def inner(self, i: int, j: int) -> Array:
-        n = len(self._forms)
-        return self._values[n + i * n - i * (i - 1) // 2 + (j - i)]
+        return self._values[gram_index(len(self._forms), i, j)]
 
     def block(self, answer: Any, state: int) -> dict[int, Scalar]:
         """The entries of a guidance block, by place, for what a custom function returned: numbers or arrays [B].
@@ -103,7 +102,8 @@ class CustomGuidance(Guidance):
         samples, with torch tensors (numpy arrays for numpy noise) on the device of the noise, and may not wait for it
         if cuda_graph is used.
     guided: the escape hatch instead: (outputs, x) -> the guided output [B, C, *]. outputs has the branches' [B, C, *]
-        by name, x is the noisy state. For whatever is not a weight: masks, frequencies, quantiles.
+        by name, x is the noisy state, the sampler's own, which may not be written to. For whatever is not a weight:
+        masks, frequencies, quantiles.
     scale: what `moments.scale` is, 1 by default; see `Guidance`.
 
     A method that is to run without Python in its loop is a subclass of `MomentGuidance`.
@@ -149,10 +149,8 @@ class CustomGuidance(Guidance):
         return f"{type(self).__name__}({self.branches}, scale={self.scale})"
 
     def table(self, plan: Plan, batch: int) -> Floats:
-        """The conditional branch alone, and all of them where the function decides."""
-        table = np.zeros((plan.evaluations, batch, len(self.branches)))
-        table[..., self.conditional] = 1.0
-        return table
+        """Weights [R, B, K] where the function does not decide."""
+        return self.conditional_alone(plan, batch)
 
     def computed(self, plan: Plan, batch: int) -> NDArray[np.bool_]:
         """[R, B] where the function decides, and all branches run."""

@@ -70,9 +70,7 @@ class MomentGuidance(Guidance):
 
     def table(self, plan: Plan, batch: int) -> Floats:
         """Weights [R, B, K] where the equation does not act."""
-        table = np.zeros((plan.evaluations, batch, len(self.branches)))
-        table[..., self.conditional] = 1.0
-        return table
+        return self.conditional_alone(plan, batch)
 
     def equation(self, *vectors: Any, **scalars: Any) -> tuple[Any, ...]:
         """(guided, *slots): `guide` and the rescaling."""

@@ -23,6 +23,7 @@ from ..layout import (
     MAX_VECTORS,
     OPCODES,
     PARAMETERS,
+    gram_index,
     moments_count,
 )
 from .vectors import Form, Moments, Scalar
@@ -141,8 +142,7 @@ class Tape:
         return TracedScalar(self, "moment", i)
 
     def inner(self, i: int, j: int) -> TracedScalar:
-        n = self.vectors
-        return TracedScalar(self, "moment", n + i * n - i * (i - 1) // 2 + (j - i))
+        return TracedScalar(self, "moment", gram_index(self.vectors, i, j))
 
     def parameter(self, name: str) -> TracedScalar:
         every = [*PARAMETERS[1:], *self.names]  # but not whether the method acts
